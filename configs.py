@@ -1,0 +1,241 @@
+"""The constants of a script: their command-line flags, presets, rules, and the choice of devices.
+
+A script's constants are the lines `NAME = value  # meaning` under its banner `# ---- Constants`: the one source of the
+flags, their types and `--help`. Nothing here knows an algorithm.
+"""
+
+import argparse
+import contextlib
+import difflib
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+# Named sets of constants. A preset changes only what it lists; flags given beside it win over it.
+PRESETS = {
+    "smoke": {"MAX_STEPS": 2, "BATCH_SIZE": 4, "EVAL_SIZE": 16, "EVAL_SAMPLES": 2, "WARMUP_STEPS": 0},
+}
+
+
+class InputError(Exception):
+    """What a person gave cannot be used. The message is one line: what, where, and what to do."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turns an InputError into one line on stderr and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- Constants and their flags
+
+
+def read_constants(namespace):
+    """The constants of a script, as {name: (value now, comment, group)}, in the order of the file.
+
+    namespace: the globals() of the script. The group is the comment line above the constants.
+    """
+    found, group, inside = {}, "", False
+    for line in Path(namespace["__file__"]).read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ---- "):
+            inside = line.startswith("# ---- Constants")
+        elif inside and line.startswith("# "):
+            group = line[2:]
+        elif inside and (match := re.match(r"([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", line)):
+            found[match[1]] = (namespace[match[1]], match[2] or "", group)
+    return found
+
+
+def constant_values(namespace):
+    """{name: value}, as it is saved with a run."""
+    return {name: value for name, (value, _, _) in read_constants(namespace).items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            flag = unknown[1].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            message = f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else "see --help for all flags")
+        raise InputError(message)
+
+
+def _number_of(kind):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {_KINDS[kind]}, got {text!r}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+        return value
+
+    return parse
+
+
+def apply_overrides(namespace, argv=None):
+    """Sets the script's constants from a preset and the command line, then validates them.
+
+    namespace: the globals() of the script, changed in place. argv: without the program's name; sys.argv[1:] if None.
+    Raises InputError on an unknown flag, a value of the wrong type, or a value against a rule.
+    """
+    constants = read_constants(namespace)
+    parser = _Parser(
+        description=namespace["__doc__"].strip().splitlines()[0],
+        epilog="Each flag is a constant at the top of the file: edit it there, or override it here.",
+        allow_abbrev=False,
+    )
+    groups = {}
+    for name, (value, comment, group) in constants.items():
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group.partition(":")[0], group.partition(":")[2].strip() or None)
+        kind = _rule(name)[0] or type(value)
+        options = {"dest": name, "default": argparse.SUPPRESS}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = str if kind is str else _number_of(kind)
+            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+        options["help"] = f"{comment} (default: {value!r})".replace("%", "%%")
+        groups[group].add_argument("--" + name.lower().replace("_", "-"), **options)
+    given = vars(parser.parse_args(argv))
+    preset = given.get("PRESET", namespace.get("PRESET", ""))
+    if preset and preset not in PRESETS:
+        raise InputError(f"--preset {preset}: there is no such preset; choose one of {', '.join(sorted(PRESETS))}")
+    for name, value in PRESETS.get(preset, {}).items():
+        if name not in given and name in constants and namespace[name] != value:
+            print(f"preset {preset}: {name} = {value!r}  (was {namespace[name]!r})")
+            namespace[name] = value
+    namespace.update(given)
+    validate(namespace)
+    for name in given:
+        if name.endswith("_DEVICE"):
+            check_device(name, given[name])
+
+
+# ---- Rules
+
+_KINDS = {int: "a whole number", float: "a number", str: "text in quotes", bool: "True or False"}
+
+
+def _positive(value):
+    return 0 < value < math.inf
+
+
+def _not_negative(value):
+    return 0 <= value < math.inf
+
+
+# name: (type, what must hold, the rule and its remedy in words). A name ending in EPOCHS is the algorithm's own.
+RULES = {
+    "GROUP_SIZE": (int, lambda v: v >= 2, "at least 2, because a group of one has no relative advantage"),
+    "BATCH_SIZE": (int, _positive, "at least 1 prompt per step"),
+    "MINI_BATCHES": (int, _positive, "at least 1"),
+    "EPOCHS": (int, _positive, "at least 1 pass over the rollouts"),
+    "MAX_STEPS": (int, _positive, "at least 1 step"),
+    "MAX_COMPLETION_TOKENS": (int, _positive, "at least 1 token"),
+    "MICRO_BATCH_TOKENS": (int, _positive, "at least 1 token; a single longer sequence still goes through alone"),
+    "CLIP_LOW": (float, lambda v: 0 <= v < 1, "an offset from 1, in [0, 1): 0.2 clips the ratio at 0.8"),
+    "CLIP_HIGH": (float, _not_negative, "an offset from 1, not negative: 0.28 clips the ratio at 1.28"),
+    "RATIO_LEVEL": (str, ("sequence", "sequence_token", "token"), None),
+    "ADVANTAGE_TYPE": (str, ("relative", "normalized"), None),
+    "LR_SCHEDULE": (str, ("constant", "linear", "cosine"), None),
+    "LEARNING_RATE": (float, _positive, "positive: 1e-6 for a large model, 1e-3 for a tiny one"),
+    "WARMUP_STEPS": (int, _not_negative, "0 or more steps"),
+    "WEIGHT_DECAY": (float, _not_negative, "0 or more"),
+    "MAX_GRAD_NORM": (float, _positive, "positive; a large number such as 1e9 turns clipping off"),
+    "TEMPERATURE": (float, _positive, "positive; evaluation decodes greedily by itself"),
+    "TOP_P": (float, lambda v: 0 < v <= 1, "in (0, 1]; 1 is off"),
+    "ENTROPY_COEF": (float, _not_negative, "0 or more; 0 is off"),
+    "KL_COEF": (float, _not_negative, "0 or more; 0 with --no-adaptive-kl leaves the reference out"),
+    "TARGET_KL": (float, _positive, "positive, in nats per token"),
+    "EVAL_EVERY": (int, _not_negative, "0 or more steps; 0 evaluates only before the first step and at the end"),
+    "EVAL_SIZE": (int, _positive, "at least 1 held-out prompt"),
+    "EVAL_SAMPLES": (int, _positive, "at least 1 completion per held-out prompt"),
+    "SAVE_EVERY": (int, _not_negative, "0 or more steps; 0 saves only at the end"),
+    "SAMPLE_GROUPS": (int, _not_negative, "0 or more groups per step"),
+    "SEED": (int, lambda v: 0 <= v < 2**63, "in [0, 2^63)"),
+}
+
+
+def _rule(name):
+    return RULES.get(name) or (RULES["EPOCHS"] if name.endswith("_EPOCHS") else (None, None, None))
+
+
+def validate(namespace):
+    """Raises InputError, naming constant, value, rule and remedy, for the first constant that breaks its rule."""
+    for name, value in constant_values(namespace).items():
+        kind, holds, text = _rule(name)
+        if kind is None:
+            continue
+        flag = "--" + name.lower().replace("_", "-")
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise InputError(f"{name} = {value!r} must be {_KINDS[kind]}; edit it or give {flag}")
+        if isinstance(holds, tuple):
+            if value not in holds:
+                raise InputError(f"{name} = {value!r} must be one of {', '.join(map(repr, holds))}; give {flag}")
+        elif not holds(value):
+            raise InputError(f"{name} = {value!r} must be {text}; edit it or give {flag}")
+    if namespace["MINI_BATCHES"] > namespace["BATCH_SIZE"] * namespace["GROUP_SIZE"]:
+        raise InputError("MINI_BATCHES is more than BATCH_SIZE x GROUP_SIZE completions; lower --mini-batches")
+
+
+# ---- Devices and paths
+
+
+def check_device(name, value):
+    """Raises InputError unless this machine has that device."""
+    try:
+        device = torch.device(value)
+        there = device.type == "cpu" or device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    except RuntimeError:
+        there = False
+    if not there:
+        have = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
+        raise InputError(f"{name} = {value!r}: this machine has no such device; it has {have}")
+
+
+def choose_devices(policy, ref, reward):
+    """The three torch.devices, and one printed line where the shipped two-GPU defaults meet a smaller machine.
+
+    `cuda:0` and `cuda:1`, the shipped defaults, fall back to one GPU or to the CPU. Any other device must exist.
+    """
+    wanted = {"POLICY_DEVICE": policy, "REF_DEVICE": ref, "REWARD_DEVICE": reward}
+    gpus = torch.cuda.device_count()
+    chosen = {
+        name: value if value not in ("cuda:0", "cuda:1") or gpus > 1 else "cuda:0" if gpus == 1 else "cpu"
+        for name, value in wanted.items()
+    }
+    for name, value in chosen.items():
+        check_device(name, value)
+    if chosen != wanted:
+        found = "one GPU" if gpus else "no GPU"
+        print(f"Found {found}: " + ", ".join(f"{name} = {value}" for name, value in chosen.items()))
+    return [torch.device(value) for value in chosen.values()]
+
+
+def find_path(value, name):
+    """A local file or folder: as given, else beside the scripts. Raises InputError if there is none."""
+    for path in (Path(value).expanduser(), HERE / value):
+        if value and path.exists():
+            return path
+    raise InputError(f"{name} = {value!r}: no such file or folder; give --{name.lower().replace('_', '-')} PATH")
+
+
+def find_model(value, name):
+    """A local folder, or the id of a model on the Hub (`owner/name`). Raises InputError if it can be neither."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not (HERE / value).exists() and not Path(value).exists():
+        return value
+    path = find_path(value, name)
+    if not (path / "config.json").is_file():
+        raise InputError(f"{name} = {value!r}: the folder has no config.json; give a folder saved by save_pretrained")
+    return str(path)

@@ -1,0 +1,712 @@
+"""GSPO: Group Sequence Policy Optimization for language models (Zheng et al. 2025, arXiv 2507.18071).
+
+For a prompt x, sample a group of G completions y_1 .. y_G from the policy as it is (π_old), score each one as a whole,
+and improve the policy π by several updates on the objective
+
+    J = E[ 1/G Σ_i min( s_i A_i, clip(s_i, 1 − CLIP_LOW, 1 + CLIP_HIGH) A_i ) ]                              (eq. 5)
+
+    s_i = ( π(y_i|x) / π_old(y_i|x) )^(1/|y_i|) = exp( 1/|y_i| Σ_t log π(y_it)/π_old(y_it) )                 (eq. 7)
+
+    A_i = r_i − mean(r_1 .. r_G), divided by the group's standard deviation if ADVANTAGE_TYPE is "normalized"  (eq. 6)
+
+The reward is given to a sequence, so the importance ratio and the clip act on the sequence too: one weight for all its
+tokens, where GRPO (arXiv 2402.03300) has one per token, whose noise grows with length. The paper has no KL term and no
+entropy bonus; here both are there for those who want them, the KL with an adaptive coefficient:
+
+    loss = −J + kl_coef · KL(π, π_ref) − ENTROPY_COEF · H(π)
+
+One training step:
+  1. take BATCH_SIZE prompts and sample GROUP_SIZE completions of each from the policy
+  2. score the completions; meanwhile compute log-probs under the reference model and the policy, π_ref and π_old
+  3. turn rewards into advantages within each group
+  4. GSPO_EPOCHS times: split the completions at random into MINI_BATCHES, and take one optimizer step on each
+  5. adapt the KL coefficient, log, and now and then evaluate on held-out prompts
+
+Run:   python gspo.py                     the embedded task, on any machine
+       python gspo.py --help              every constant below is a flag
+       python plotting.py outputs/<run>   redraw the figure
+"""
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import configs
+import plotting
+from configs import InputError
+from loading import check_head, encode_prompts, end_of_sequence_ids, load_model, load_prompts, load_tokenizer
+from rewards import find_reward, parse_rewards
+from runs import Run
+
+# ---- Constants -------------------------------------------------------------------------------------------------------
+
+# Models and data
+POLICY_MODEL = "data/models/arithmetic-policy"  # folder or Hub id of the model to train
+REWARD_MODEL = "data/models/arithmetic-reward"  # folder or Hub id of a sequence classifier with one logit
+PROMPTS = "data/arithmetic/train.jsonl"  # training prompts, one JSON object per line
+EVAL_PROMPTS = "data/arithmetic/test.jsonl"  # held-out prompts
+PROMPT_COLUMN = "prompt"  # field that holds the prompt
+ANSWER_COLUMN = "answer"  # field that holds the answer, for rule rewards and evaluation
+REWARDS = "reward_model"  # what is maximised: names from rewards.py with weights, "reward_model 1.0, exact_match 0.5"
+EVAL_REWARD = "exact_match"  # rule of rewards.py that says whether a held-out completion is right (1) or not (0)
+PRESET = ""  # name of a set of constants in configs.py, such as "smoke"
+
+# Devices: with one GPU all three fall back to it, with none to the CPU
+POLICY_DEVICE = "cuda:0"  # policy and optimizer
+REF_DEVICE = "cuda:1"  # reference model
+REWARD_DEVICE = "cuda:1"  # reward model
+
+# Sampling
+GROUP_SIZE = 8  # completions per prompt, G
+BATCH_SIZE = 16  # prompts per training step
+MAX_COMPLETION_TOKENS = 64  # tokens; a completion without an end by then is truncated
+TEMPERATURE = 1.0  # divides the logits, in sampling and in all log-probs alike
+TOP_P = 1.0  # nucleus sampling; below 1 the ratio is biased, for the log-probs are those of the full distribution
+
+# Loss
+GSPO_EPOCHS = 1  # passes over the rollouts of a step
+MINI_BATCHES = 4  # optimizer steps per pass; paper: 4
+RATIO_LEVEL = "sequence"  # "sequence" (eq. 5), "sequence_token" (GSPO-token, eq. 13) or "token" (as in GRPO)
+LENGTH_NORMALIZED_RATIO = True  # eq. 7; False is the plain ratio of likelihoods, which wants a clip like 0.2
+CLIP_LOW = 0.03  # s_i is clipped at 1 - this; paper: 3e-4, for long texts: the spread of log s falls as 1/sqrt(length)
+CLIP_HIGH = 0.04  # s_i is clipped at 1 + this; paper: 4e-4
+ADVANTAGE_TYPE = "relative"  # "relative" (minus the group mean) or "normalized" (and over the group's std; paper)
+ENTROPY_COEF = 0.001  # weight of the entropy bonus; 0 computes none
+KL_COEF = 0.04  # first weight of the KL to the reference model; paper: 0
+TARGET_KL = 0.6  # nats per token that ADAPTIVE_KL aims at
+ADAPTIVE_KL = True  # raise the KL weight above twice the target, lower it below half of it
+
+# Optimizer
+LEARNING_RATE = 1e-3  # peak; AdamW; fits the embedded models, large ones want about 1e-6
+LR_SCHEDULE = "linear"  # after the warm-up: "constant", or "linear" or "cosine" down to zero
+WARMUP_STEPS = 5  # steps of linear warm-up
+WEIGHT_DECAY = 0.0  # AdamW's
+MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
+MICRO_BATCH_TOKENS = 1024  # tokens per forward pass, padding included; more is faster on a GPU, less saves memory
+
+# Run
+MAX_STEPS = 80  # training steps
+EVAL_EVERY = 20  # steps between evaluations; 0 evaluates only before the first step and at the end
+EVAL_SIZE = 256  # held-out prompts per evaluation
+EVAL_SAMPLES = 4  # completions per held-out prompt for eval_accuracy
+SAVE_EVERY = 0  # steps between checkpoints; 0 saves only final/
+SAMPLE_GROUPS = 2  # groups per step written to samples.jsonl
+SEED = 0  # of everything random
+OUTPUT_DIR = "outputs"  # a run is OUTPUT_DIR/gspo-<time>/
+
+# ---- Algorithm -------------------------------------------------------------------------------------------------------
+# Pure functions of tensors, in whatever floating dtype they are given. B completions (= prompts x G, the groups
+# contiguous), T completion tokens. logps (B, T): log-probs of the sampled tokens, nats, at the sampling temperature.
+
+
+def compute_relative_advantages(rewards, group_size):
+    """Advantages within groups: A_i = r_i − mean(r), over std(r) + 1e-6 if ADVANTAGE_TYPE is "normalized" (eq. 6).
+
+    rewards (B,), groups contiguous -> (B,), no gradient. The std is the sample's (n − 1). A dead group, whose rewards
+    are all equal, has no signal: its advantages are exactly 0, even where floats cannot represent the mean.
+    """
+    grouped = rewards.detach().double().view(-1, group_size)  # (prompts, G)
+    advantages = grouped - grouped.mean(1, keepdim=True)
+    if ADVANTAGE_TYPE == "normalized":
+        advantages = advantages / (grouped.std(1, keepdim=True) + 1e-6)
+    dead = grouped.amax(1, keepdim=True) == grouped.amin(1, keepdim=True)
+    return advantages.masked_fill(dead, 0.0).view(-1).to(rewards.dtype)
+
+
+def compute_sequence_ratio(logps, old_logps, completion_mask):
+    """s_i = exp(mean over the tokens of log π/π_old), eq. 7; exp of the sum if not LENGTH_NORMALIZED_RATIO. (B,)
+
+    Carries the gradient of logps. Masked positions cannot matter, whatever they hold.
+    """
+    log_ratio = (logps - old_logps).masked_fill(~completion_mask, 0.0).sum(1)  # (B,)
+    if LENGTH_NORMALIZED_RATIO:
+        log_ratio = log_ratio / completion_mask.sum(1).clamp(min=1)
+    return log_ratio.exp()
+
+
+def compute_policy_loss(logps, old_logps, advantages, completion_mask):
+    """The loss −J at RATIO_LEVEL: (scalar, stats). Without KL and entropy terms.
+
+    advantages (B,), or (B, T) where RATIO_LEVEL is not "sequence". The gradient flows through logps alone.
+    """
+    if RATIO_LEVEL == "sequence":
+        return compute_policy_loss_sequence_level(logps, old_logps, advantages, completion_mask)
+    return compute_policy_loss_token_level(logps, old_logps, advantages, completion_mask)
+
+
+def compute_policy_loss_sequence_level(logps, old_logps, advantages, completion_mask):
+    """GSPO, eq. 5: −mean_i min(s_i A_i, clip(s_i) A_i), one ratio, one clip and one weight per sequence."""
+    ratio = compute_sequence_ratio(logps, old_logps, completion_mask)  # (B,)
+    losses, clipped = clipped_loss(ratio, advantages)
+    rows = completion_mask.any(1)
+    return (losses * rows).sum() / rows.sum(), ratio_stats(ratio[rows], clipped[rows])
+
+
+def compute_policy_loss_token_level(logps, old_logps, advantages, completion_mask):
+    """One loss per token, averaged over each sequence and then over sequences.
+
+    The ratio is that of the token if RATIO_LEVEL is "token" (as in PPO and GRPO), else GSPO-token's (eq. 14):
+    s_it = sg[s_i] · π(y_it) / sg[π(y_it)], which is s_i in value. With one advantage per sequence its loss and gradient
+    are those of the sequence level; with advantages (B, T) each token has its own.
+    """
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]  # (B, 1)
+    if RATIO_LEVEL == "token":
+        ratio = (logps - old_logps).masked_fill(~completion_mask, 0.0).exp()  # (B, T)
+    else:
+        sequence_ratio = compute_sequence_ratio(logps, old_logps, completion_mask).detach()  # (B,)
+        ratio = sequence_ratio[:, None] * (logps - logps.detach()).masked_fill(~completion_mask, 0.0).exp()  # (B, T)
+    losses, clipped = clipped_loss(ratio, advantages)
+    return aggregate(losses, completion_mask), ratio_stats(ratio[completion_mask], clipped[completion_mask])
+
+
+def clipped_loss(ratio, advantages):
+    """−min(ratio · A, clip(ratio) · A), and where the clip removes the gradient; both in the shape of ratio."""
+    losses = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
+    above = (advantages > 0) & (ratio > 1 + CLIP_HIGH)
+    below = (advantages < 0) & (ratio < 1 - CLIP_LOW)
+    return losses, above | below
+
+
+def ratio_stats(ratio, clipped):
+    """What is logged of the ratio, one value per sequence or per token. No gradient."""
+    ratio, clip_fraction = ratio.detach(), clipped.to(ratio.dtype).mean()
+    return {
+        "clip_fraction": clip_fraction,
+        "ratio_mean": ratio.mean(),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+    }
+
+
+def aggregate(values, completion_mask):
+    """(B, T) -> scalar: the mean over each sequence's tokens, then over the sequences."""
+    per_sequence = values.masked_fill(~completion_mask, 0.0).sum(1) / completion_mask.sum(1).clamp(min=1)  # (B,)
+    return per_sequence.sum() / completion_mask.any(1).sum()
+
+
+def loss_weight(completion_mask):
+    """How much a batch counts in a larger one it is part of: the loss is a mean over sequences, so their number."""
+    return int(completion_mask.any(1).sum())
+
+
+def compute_kl(logps, ref_logps):
+    """k3 = π_ref/π − log(π_ref/π) − 1 per token, (B, T): never negative, unbiased as a value for KL(π ‖ π_ref).
+
+    As a loss, its gradient is that of the forward KL(π_ref ‖ π). Source: Schulman 2020, "Approximating KL Divergence".
+    """
+    log_ratio = ref_logps - logps
+    return log_ratio.exp() - log_ratio - 1
+
+
+def next_kl_coef(kl_coef, mean_kl):
+    """The KL weight for the next step: x 1.5 above 2 TARGET_KL, x 0.5 below TARGET_KL / 2, held in [0.01, 1]."""
+    if mean_kl > 2 * TARGET_KL:
+        kl_coef = kl_coef * 1.5
+    elif mean_kl < TARGET_KL / 2:
+        kl_coef = kl_coef * 0.5
+    return min(max(kl_coef, 0.01), 1.0)
+
+
+# ---- Data and rewards ------------------------------------------------------------------------------------------------
+
+
+def prompts_of_step(rows, step):
+    """BATCH_SIZE rows for a step (from 1): each pass over the data in its own order, a function of SEED and pass."""
+    first = (step - 1) * BATCH_SIZE
+    chosen = []
+    for position in range(first, first + BATCH_SIZE):
+        epoch, index = divmod(position, len(rows))
+        if not chosen or index == 0:
+            order = torch.randperm(len(rows), generator=generator_of("data order", epoch))
+        chosen.append(rows[order[index]])
+    return chosen
+
+
+def generator_of(*purpose):
+    """A random generator on the CPU that depends on SEED and purpose alone, so that nothing random needs saving."""
+    digest = hashlib.sha256(repr((SEED, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+# ---- Models and log-probs --------------------------------------------------------------------------------------------
+
+
+def autocast(device):
+    """bfloat16 for matrix products on a GPU, float32 weights kept; nothing on the CPU."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def micro_batches(lengths, token_budget):
+    """Splits rows into batches of at most token_budget tokens, padding included; longest first, so padding is small.
+
+    lengths (B,) on the CPU -> row indices per batch. A row longer than the budget goes alone.
+    """
+    order, first = lengths.argsort(descending=True, stable=True), 0
+    while first < len(order):
+        size = max(1, token_budget // int(lengths[order[first]]))
+        yield order[first : first + size]
+        first += size
+
+
+def completion_logps(model, rollouts, rows, with_entropy=False):
+    """log π of the sampled tokens of some rows: logps (rows, T) in nats on the model's device, 0 where masked.
+
+    Second: the entropy of the full distribution at each of them, (rows, T), or None. The head is applied to completion
+    positions alone. Rows are padded on the right, where a causal model cannot see it, so that no mask is needed.
+    """
+    device = model.device
+    prompt_lengths, completion_mask = rollouts.prompt_lengths[rows], rollouts.completion_mask[rows]
+    row, t = completion_mask.nonzero(as_tuple=True)  # on the CPU: the device is not waited for
+    position = prompt_lengths[row] + t
+    input_ids = rollouts.input_ids[rows, : int(position.max()) + 1]  # (rows, P + T)
+    targets = input_ids[row, position].to(device)
+    row, t, position, input_ids = (x.to(device, non_blocking=True) for x in (row, t, position, input_ids))
+    with autocast(device):
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, P + T, H)
+        logits = model.get_output_embeddings()(hidden[row, position - 1])  # (tokens, V)
+    log_probs = (logits.float() / TEMPERATURE).log_softmax(-1)
+    blank = torch.zeros(completion_mask.shape, device=device)
+    logps = blank.index_put((row, t), log_probs.gather(1, targets[:, None]).squeeze(1))
+    entropy = None
+    if with_entropy:
+        entropy = blank.index_put((row, t), -(log_probs.exp() * log_probs).sum(-1))
+    return logps, entropy
+
+
+# ---- Rollouts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollouts:
+    """Sampled completions, groups contiguous, on the CPU. The ids that were sampled are the ids that are trained on."""
+
+    prompts: list  # B rows of the data
+    texts: list  # B completions as text
+    input_ids: torch.Tensor  # (B, P + T) prompt, completion, padding
+    prompt_lengths: torch.Tensor  # (B,)
+    completion_lengths: torch.Tensor  # (B,) end of sequence included
+    completion_mask: torch.Tensor  # (B, T) True up to and including the end of sequence
+    sampled_logps: torch.Tensor  # (B, T) as the sampler saw them
+    truncated: torch.Tensor  # (B,) True where MAX_COMPLETION_TOKENS came before the end of sequence
+
+    @property
+    def lengths(self):
+        return self.prompt_lengths + self.completion_lengths
+
+
+def sample_tokens(logits, uniform):
+    """One token per row by inverting the cumulative distribution at uniform (rows,), or the best token if it is None.
+
+    Returns tokens and their log-probs under the full distribution, both (rows,).
+    """
+    log_probs = (logits.float() / TEMPERATURE).log_softmax(-1)  # (rows, V)
+    if uniform is None:
+        tokens = log_probs.argmax(-1)
+    else:
+        probs = log_probs.exp()
+        if TOP_P < 1:
+            ranked, order = probs.sort(-1, descending=True)
+            outside = ranked.cumsum(-1) - ranked >= TOP_P  # the most likely token always stays
+            probs = probs.scatter(-1, order, ranked.masked_fill(outside, 0.0))
+        cumulative = probs.double().cumsum(-1)
+        point = uniform[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def sample_completions(model, tokenizer, eos_ids, rows, group_size, purpose, greedy=False):
+    """group_size completions of each row's prompt, all together: Rollouts.
+
+    Each prompt goes through the model once, and its key/value cache is repeated for the group. Finished rows leave the
+    batch. Randomness depends on SEED, purpose and the row's place alone.
+    """
+    device, steps, batch = model.device, MAX_COMPLETION_TOKENS, len(rows) * group_size
+    lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
+    width = int(lengths.max())
+    pad_id = tokenizer.pad_token_id
+    prompt_ids = torch.tensor(
+        [[pad_id] * (width - len(r["prompt_ids"])) + r["prompt_ids"] for r in rows]
+    )  # left-padded
+    visible = torch.arange(width + steps) >= (width - lengths)[:, None]  # (prompts, P + T)
+    uniform = torch.rand(batch, steps, dtype=torch.float64, generator=generator_of(*purpose)).to(device)
+    prompt_ids, visible, next_position = prompt_ids.to(device), visible.to(device), lengths.to(device)
+    eos_ids = torch.tensor(eos_ids, device=device)
+
+    completion_ids = torch.full((batch, steps), pad_id, device=device)
+    logps = torch.zeros(batch, steps, device=device)
+    completion_lengths = torch.zeros(batch, dtype=torch.long, device=device)
+    with autocast(device):
+        cache = transformers.DynamicCache(config=model.config)
+        hidden = model.base_model(
+            input_ids=prompt_ids,
+            attention_mask=visible[:, :width],
+            position_ids=(visible[:, :width].cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]  # (prompts, H)
+        hidden = hidden.repeat_interleave(group_size, 0)
+        cache.batch_repeat_interleave(group_size)
+        visible, next_position = (x.repeat_interleave(group_size, 0) for x in (visible, next_position))
+        place = torch.arange(batch, device=device)  # where each row of the shrinking batch belongs
+        running = torch.ones(batch, dtype=torch.bool, device=device)
+        for t in range(steps):
+            logits = model.get_output_embeddings()(hidden)  # (rows, V)
+            tokens, logps[place, t] = sample_tokens(logits, None if greedy else uniform[place, t])
+            completion_ids[place, t] = tokens
+            completion_lengths[place] += running
+            running &= ~torch.isin(tokens, eos_ids)
+            # Asking how many are left makes the host wait for a GPU, so there it is asked now and then only.
+            if device.type == "cpu" or t % 16 == 15 or t == steps - 1:
+                left = int(running.sum())
+                if left == 0 or t == steps - 1:
+                    break
+                if left <= 0.75 * len(running):
+                    keep = running.nonzero().squeeze(1)
+                    cache.batch_select_indices(keep)
+                    place, tokens, running, visible, next_position = (
+                        x[keep] for x in (place, tokens, running, visible, next_position)
+                    )
+            hidden = model.base_model(
+                input_ids=tokens[:, None],
+                attention_mask=visible[:, : width + t + 1],
+                position_ids=next_position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]  # (rows, H)
+            next_position = next_position + 1
+
+    truncated = torch.zeros(batch, dtype=torch.bool, device=device)
+    truncated[place] = running
+    return assemble(
+        tokenizer, rows, group_size, completion_ids.cpu(), completion_lengths.cpu(), logps.cpu(), truncated.cpu()
+    )
+
+
+def assemble(tokenizer, rows, group_size, completion_ids, completion_lengths, logps, truncated):
+    """Rollouts from what was sampled: masks from lengths, prompts and completions side by side without a gap."""
+    prompts = [row for row in rows for _ in range(group_size)]
+    longest = int(completion_lengths.max())
+    completion_mask = torch.arange(longest) < completion_lengths[:, None]  # (B, T)
+    completions = [ids[:n].tolist() for ids, n in zip(completion_ids, completion_lengths, strict=True)]
+    sequences = [torch.tensor(row["prompt_ids"] + ids) for row, ids in zip(prompts, completions, strict=True)]
+    return Rollouts(
+        prompts=prompts,
+        texts=tokenizer.batch_decode(completions, skip_special_tokens=True),
+        input_ids=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
+        prompt_lengths=torch.tensor([len(row["prompt_ids"]) for row in prompts]),
+        completion_lengths=completion_lengths,
+        completion_mask=completion_mask,
+        sampled_logps=logps[:, :longest].masked_fill(~completion_mask, 0.0),
+        truncated=truncated,
+    )
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+class GSPOTrainer:
+    """Loads models and data by the constants; train() does the rest. Raises InputError on what cannot be used."""
+
+    def __init__(self):
+        configs.validate(globals())
+        self.policy_device, self.ref_device, self.reward_device = configs.choose_devices(
+            POLICY_DEVICE, REF_DEVICE, REWARD_DEVICE
+        )
+        self.reward_weights = parse_rewards(REWARDS)
+        self.eval_reward = find_reward(EVAL_REWARD, "EVAL_REWARD")
+        self.train_rows = load_prompts(PROMPTS, "PROMPTS", PROMPT_COLUMN, ANSWER_COLUMN)
+        self.eval_rows = load_prompts(EVAL_PROMPTS, "EVAL_PROMPTS", PROMPT_COLUMN, ANSWER_COLUMN)[:EVAL_SIZE]
+
+        causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
+        self.tokenizer = load_tokenizer(POLICY_MODEL, "POLICY_MODEL")
+        self.policy = load_model(causal, POLICY_MODEL, "POLICY_MODEL", self.policy_device)
+        self.ref_model = self.reward_model = None
+        if KL_COEF > 0 or ADAPTIVE_KL:
+            self.ref_model = load_model(causal, POLICY_MODEL, "POLICY_MODEL", self.ref_device).requires_grad_(False)
+        if "reward_model" in self.reward_weights:
+            self.reward_tokenizer = load_tokenizer(REWARD_MODEL, "REWARD_MODEL")
+            self.reward_model = load_model(classifier, REWARD_MODEL, "REWARD_MODEL", self.reward_device)
+            self.reward_model.requires_grad_(False)
+            if (logits := self.reward_model.config.num_labels) != 1:
+                raise InputError(f"REWARD_MODEL = {REWARD_MODEL!r} has {logits} logits; give a model with 1")
+        check_head(self.policy, "POLICY_MODEL")
+        self.eos_ids = end_of_sequence_ids(self.policy, self.tokenizer, "POLICY_MODEL")
+        longest = self.policy.config.max_position_embeddings - MAX_COMPLETION_TOKENS
+        encode_prompts(self.train_rows, self.tokenizer, longest, PROMPTS)
+        encode_prompts(self.eval_rows, self.tokenizer, longest, EVAL_PROMPTS)
+
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
+        self.metrics_history, self.samples = [], []
+        self.run = None  # made by train(), so that a run that never started leaves nothing behind
+
+    # -- The steps of the algorithm
+
+    def generate_responses_with_group_sampling(self, rows, step):
+        """GROUP_SIZE completions of each row's prompt from the policy as it is."""
+        return sample_completions(self.policy, self.tokenizer, self.eos_ids, rows, GROUP_SIZE, ("rollout", step))
+
+    @torch.no_grad()
+    def compute_rewards(self, rollouts):
+        """The weighted sum of REWARDS: (B,) on the reward device, which is not waited for."""
+        total = torch.zeros(len(rollouts.texts))
+        for name, weight in self.reward_weights.items():
+            if name == "reward_model":
+                scores = self.score_with_reward_model(rollouts)
+            else:
+                reward = find_reward(name, "REWARDS")
+                pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
+                scores = torch.tensor([float(reward(row["prompt"], text, row)) for row, text in pairs])
+            total = total.to(scores.device) + weight * scores
+        return total
+
+    def score_with_reward_model(self, rollouts):
+        """The reward model's logit for prompt and completion as one text, (B,)."""
+        texts = [row["text"] + text for row, text in zip(rollouts.prompts, rollouts.texts, strict=True)]
+        ids = self.reward_tokenizer(texts)["input_ids"]
+        lengths = torch.tensor([len(sequence) for sequence in ids])
+        scores = torch.zeros(len(ids), device=self.reward_device)
+        for rows in micro_batches(lengths, MICRO_BATCH_TOKENS):
+            batch = self.reward_tokenizer.pad(
+                {"input_ids": [ids[i] for i in rows]}, return_tensors="pt", padding_side="right"
+            )
+            with autocast(self.reward_device):
+                logits = self.reward_model(**batch.to(self.reward_device)).logits  # (rows, 1)
+            scores[rows.to(self.reward_device)] = logits[:, 0].float()
+        return scores
+
+    @torch.no_grad()
+    def compute_log_probs(self, model, rollouts):
+        """Log-probs of all completions under a model: (B, T) on its device, which is not waited for."""
+        logps = torch.zeros(rollouts.completion_mask.shape, device=model.device)
+        for rows in micro_batches(rollouts.lengths, MICRO_BATCH_TOKENS):
+            logps[rows.to(model.device)], _ = completion_logps(model, rollouts, rows)
+        return logps
+
+    def update(self, rollouts, rows, old_logps, ref_logps, advantages):
+        """One optimizer step on some completions, in micro-batches. Returns the losses and the statistics of the ratio.
+
+        Each micro-batch counts by its share of the whole, so that how it is split cannot change the gradient.
+        """
+        mask, total = rollouts.completion_mask[rows].to(self.policy_device), loss_weight(rollouts.completion_mask[rows])
+        logps, stats = torch.zeros(mask.shape, device=self.policy_device), {}
+        self.optimizer.zero_grad()
+        for part in micro_batches(rollouts.lengths[rows], MICRO_BATCH_TOKENS):
+            chosen = rows[part]
+            share = loss_weight(rollouts.completion_mask[chosen]) / total
+            logps_part, entropy = completion_logps(self.policy, rollouts, chosen, with_entropy=ENTROPY_COEF > 0)
+            part, chosen = part.to(self.policy_device), chosen.to(self.policy_device)
+            losses = {
+                "policy_loss": compute_policy_loss(logps_part, old_logps[chosen], advantages[chosen], mask[part])[0]
+            }
+            if ENTROPY_COEF > 0:
+                losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask[part])
+            if ref_logps is not None:
+                losses["kl_loss"] = self.kl_coef * aggregate(compute_kl(logps_part, ref_logps[chosen]), mask[part])
+            (share * sum(losses.values())).backward()
+            logps[part] = logps_part.detach()
+            for name, loss in losses.items():
+                stats[name] = stats.get(name, 0.0) + share * loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        rows = rows.to(self.policy_device)
+        stats |= compute_policy_loss(logps, old_logps[rows], advantages[rows], mask)[1]
+        if ref_logps is not None:
+            stats["kl_divergence"] = aggregate(compute_kl(logps, ref_logps[rows]), mask)
+        return stats | {"grad_norm": grad_norm}
+
+    def update_kl_coef(self, mean_kl):
+        """Adapts the weight of the KL term for the next step."""
+        if ADAPTIVE_KL:
+            self.kl_coef = next_kl_coef(self.kl_coef, mean_kl)
+
+    def train_step(self, step):
+        """Rollouts, rewards, advantages and updates of one step (from 1). Returns its metrics."""
+        learning_rate = learning_rate_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        times = [time.perf_counter()]
+        rollouts = self.generate_responses_with_group_sampling(prompts_of_step(self.train_rows, step), step)
+        times.append(time.perf_counter())
+        # With two devices, reward and reference models get their work first and do it while the policy does its own.
+        rewards = self.compute_rewards(rollouts)
+        times.append(time.perf_counter())
+        ref_logps = None if self.ref_model is None else self.compute_log_probs(self.ref_model, rollouts)
+        old_logps = self.compute_log_probs(self.policy, rollouts)
+        ref_logps = None if ref_logps is None else ref_logps.to(self.policy_device)
+        rewards = rewards.to(self.policy_device)
+        advantages = compute_relative_advantages(rewards, GROUP_SIZE)
+        times.append(time.perf_counter())
+        updates = []
+        for epoch in range(GSPO_EPOCHS):
+            order = torch.randperm(len(rollouts.texts), generator=generator_of("mini-batches", step, epoch))
+            for rows in order.chunk(MINI_BATCHES):
+                updates.append(self.update(rollouts, rows, old_logps, ref_logps, advantages))
+        metrics = {"step": step, "learning_rate": learning_rate, "kl_coef": self.kl_coef}
+        metrics |= step_metrics(rollouts, rewards, advantages, old_logps, updates)
+        times.append(time.perf_counter())
+        if self.ref_model is not None:
+            self.update_kl_coef(metrics["kl_divergence"])
+        self.samples = samples_of(step, rollouts, rewards.tolist(), advantages.tolist())
+        return metrics | speed_metrics(times, metrics["completion_tokens"], self.policy_device)
+
+    # -- Around the steps
+
+    def evaluate(self):
+        """Held-out accuracy by EVAL_REWARD: metrics, and the greedy completions.
+
+        eval_accuracy is pass@1, the mean over EVAL_SAMPLES sampled completions per prompt. The random numbers are the
+        same each time, so that two evaluations differ by the policy alone.
+        """
+        accuracies = {}
+        for name, group_size in (("eval_accuracy", EVAL_SAMPLES), ("eval_accuracy_greedy", 1)):
+            right, texts = [], []
+            chunk = max(1, BATCH_SIZE * GROUP_SIZE // group_size)  # as many completions at once as in training
+            for first in range(0, len(self.eval_rows), chunk):
+                rows, purpose = self.eval_rows[first : first + chunk], ("evaluation", first)
+                greedy = name == "eval_accuracy_greedy"
+                rollouts = sample_completions(
+                    self.policy, self.tokenizer, self.eos_ids, rows, group_size, purpose, greedy
+                )
+                texts += rollouts.texts
+                pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
+                right += [float(self.eval_reward(row["prompt"], text, row)) for row, text in pairs]
+            accuracies[name] = sum(right) / len(right)
+        return accuracies, texts
+
+    def train(self):
+        """Trains for MAX_STEPS steps. Returns metrics_history, which is also what metrics.jsonl holds."""
+        self.warn_about_constants()
+        self.run = Run(OUTPUT_DIR, __file__, configs.constant_values(globals()))
+        print(f"Run folder: {self.run.folder}")
+        before, texts_before = self.evaluate()
+        self.log({"step": 0} | before)
+        after, drawn = before, time.perf_counter()
+        bar = tqdm(range(1, MAX_STEPS + 1), desc=self.run.algorithm, unit="step", dynamic_ncols=True)
+        for step in bar:
+            metrics = self.train_step(step)
+            evaluating = step == MAX_STEPS or EVAL_EVERY > 0 and step % EVAL_EVERY == 0
+            if evaluating:
+                after, texts_after = self.evaluate()
+                metrics |= after
+            self.log(metrics)
+            self.run.log_samples(self.samples)
+            if SAVE_EVERY > 0 and step % SAVE_EVERY == 0:
+                self.run.save_model(f"checkpoints/step-{step}", self.policy, self.tokenizer)
+            if step == MAX_STEPS:
+                self.run.save_model("final", self.policy, self.tokenizer)
+            if evaluating or time.perf_counter() - drawn > 30:
+                plotting.draw_run(self.run.folder)
+                drawn = time.perf_counter()
+            if step == min(10, MAX_STEPS):
+                self.warn_about_clip()
+            bar.set_postfix_str(
+                f"reward {metrics['reward']:.2f}, accuracy {after['eval_accuracy']:.2f}, "
+                f"KL {metrics['kl_divergence'] or 0:.3f}, clipped {metrics['clip_fraction']:.0%}, "
+                f"{metrics['tokens_per_second']:.0f} tokens/s"
+            )
+        self.print_summary(before, after, texts_before, texts_after)
+        return self.metrics_history
+
+    def log(self, metrics):
+        self.metrics_history.append(metrics)
+        self.run.log_metrics(metrics)
+
+    def print_summary(self, before, after, texts_before, texts_after):
+        for name, how in (("eval_accuracy", "sampled"), ("eval_accuracy_greedy", "greedy")):
+            print(f"Held-out accuracy, {how}: {before[name]:.3f} before, {after[name]:.3f} after")
+        for row, old, new in list(zip(self.eval_rows, texts_before, texts_after, strict=True))[:3]:
+            print(f"  {row['prompt']!r} (answer {row['answer']})\n    before {old!r}\n    after  {new!r}")
+        print(f"Model:   {self.run.folder / 'final'}")
+        print(f"Picture: {self.run.folder / 'metrics.png'}")
+
+    def warn_about_constants(self):
+        """Says so where constants ask for something that cannot work."""
+        if GSPO_EPOCHS * MINI_BATCHES == 1:
+            print("Warning: one update per rollout, so the ratio is always 1 and the clip is dead; raise MINI_BATCHES")
+        if TOP_P < 1:
+            print(f"Warning: TOP_P = {TOP_P} below 1 samples from another distribution than the ratio assumes")
+
+    def warn_about_clip(self):
+        """After some steps: says so if the clip is far wider than the ratio has ever strayed."""
+        steps = [metrics for metrics in self.metrics_history if "ratio_max" in metrics]
+        below, above = 1 - min(m["ratio_min"] for m in steps), max(m["ratio_max"] for m in steps) - 1
+        if GSPO_EPOCHS * MINI_BATCHES > 1 and below < CLIP_LOW / 3 and above < CLIP_HIGH / 3:
+            tqdm.write(
+                f"Warning: the ratio has stayed within 1 - {below:.1e} and 1 + {above:.1e}, and the clip, at "
+                f"1 - {CLIP_LOW:g} and 1 + {CLIP_HIGH:g}, never acts; lower CLIP_LOW and CLIP_HIGH"
+            )
+
+
+def step_metrics(rollouts, rewards, advantages, old_logps, updates):
+    """The metrics of a step; those of its updates by their mean, or by the least and greatest of a *_min and *_max."""
+    mask, tokens = rollouts.completion_mask.to(old_logps.device), int(rollouts.completion_lengths.sum())
+    merged = {"policy_loss": 0.0, "entropy_loss": 0.0, "kl_loss": 0.0, "kl_divergence": None}
+    for name in updates[0]:
+        values = torch.stack([update[name] for update in updates]).double()
+        reduce = values.min if name.endswith("_min") else values.max if name.endswith("_max") else values.mean
+        merged[name] = reduce().item()
+    return merged | {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        "relative_advantage": advantages.abs().mean().item(),
+        "dead_groups": (advantages.view(-1, GROUP_SIZE) == 0).all(1).double().mean().item(),
+        "entropy": aggregate(-old_logps, mask).item(),
+        "sampler_gap": (rollouts.sampled_logps.to(mask.device) - old_logps)[mask].abs().mean().item(),
+        "avg_response_length": tokens / len(rollouts.texts),
+        "truncated": rollouts.truncated.double().mean().item(),
+        "completion_tokens": tokens,
+    }
+
+
+def speed_metrics(times, tokens, device):
+    names = ("seconds_rollout", "seconds_reward", "seconds_logps", "seconds_update")
+    seconds = {name: times[i + 1] - times[i] for i, name in enumerate(names)}
+    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    return seconds | {"tokens_per_second": tokens / (times[-1] - times[0]), "peak_memory_gb": memory}
+
+
+def samples_of(step, rollouts, rewards, advantages):
+    """What a reader wants to see of the first SAMPLE_GROUPS groups, a dict per completion."""
+    return [
+        {
+            "step": step,
+            "prompt": rollouts.prompts[i]["prompt"],
+            "completion": rollouts.texts[i],
+            "reward": rewards[i],
+            "advantage": advantages[i],
+            "answer": rollouts.prompts[i]["answer"],
+            "tokens": int(rollouts.completion_lengths[i]),
+            "truncated": bool(rollouts.truncated[i]),
+        }
+        for i in range(min(SAMPLE_GROUPS * GROUP_SIZE, len(rollouts.texts)))
+    ]
+
+
+def learning_rate_at(step):
+    """The learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE."""
+    if step <= WARMUP_STEPS:
+        return LEARNING_RATE * step / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS - 1) / max(1, MAX_STEPS - WARMUP_STEPS)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return LEARNING_RATE * factor[LR_SCHEDULE]
+
+
+# ---- Run -------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    with configs.one_line_errors():
+        configs.apply_overrides(globals(), argv)
+        GSPOTrainer().train()
+
+
+if __name__ == "__main__":
+    main()

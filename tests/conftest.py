@@ -1,0 +1,36 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+
+import pytest
+import torch
+
+import configs
+import gspo
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def constants_restored():
+    """A test may set a script's constants; the next one finds them as shipped."""
+    before = configs.constant_values(vars(gspo))
+    yield
+    vars(gspo).update(before)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Sizes for a run of a few seconds; returns the module. Runs go to tmp_path/outputs."""
+    vars(gspo).update(
+        MAX_STEPS=2,
+        BATCH_SIZE=4,
+        GROUP_SIZE=4,
+        MINI_BATCHES=2,
+        EVAL_SIZE=6,
+        EVAL_SAMPLES=2,
+        WARMUP_STEPS=0,
+        MAX_COMPLETION_TOKENS=40,
+        OUTPUT_DIR=str(tmp_path / "outputs"),
+    )
+    return gspo

@@ -1,0 +1,247 @@
+"""Overrides, presets and rules; and what a person sees who gives something that cannot be used."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import configs
+import gspo
+
+
+def run_main(capsys, *argv):
+    """The exit code and stderr of `python gspo.py argv`, in this process."""
+    with pytest.raises(SystemExit) as exit_:
+        gspo.main([str(word) for word in argv])
+    return exit_.value.code, capsys.readouterr().err
+
+
+def assert_refused(capsys, tmp_path, words, *argv):
+    """Exit code 2, one line that holds the words, and nothing written."""
+    code, err = run_main(capsys, "--output-dir", tmp_path / "outputs", *argv)
+    assert code == 2
+    assert err.count("\n") == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err, err
+    assert not (tmp_path / "outputs").exists()
+
+
+# ---- Overrides
+
+
+def test_every_constant_is_a_flag_with_its_comment_and_default(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        gspo.main(["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    constants = configs.read_constants(vars(gspo))
+    assert len(constants) > 35
+    for name, (value, comment, group) in constants.items():
+        assert "--" + name.lower().replace("_", "-") in text
+        assert comment and group
+        if "-" not in comment:  # argparse may break a line at a dash
+            assert comment in text
+        assert f"(default: {value!r})" in text or "-" in repr(value)
+
+
+def test_flags_set_constants_of_every_type():
+    configs.apply_overrides(
+        vars(gspo),
+        [
+            "--group-size",
+            "16",
+            "--learning-rate=3e-4",
+            "--no-adaptive-kl",
+            "--advantage-type",
+            "normalized",
+            "--top-p",
+            "1",
+        ],
+    )
+    assert (gspo.GROUP_SIZE, gspo.LEARNING_RATE, gspo.ADAPTIVE_KL) == (16, 3e-4, False)
+    assert (gspo.ADVANTAGE_TYPE, gspo.TOP_P) == ("normalized", 1.0)
+
+
+def test_a_preset_prints_what_it_changes_and_flags_win_over_it(capsys):
+    configs.apply_overrides(vars(gspo), ["--preset", "smoke", "--max-steps", "7"])
+    out = capsys.readouterr().out
+    assert gspo.MAX_STEPS == 7 and gspo.BATCH_SIZE == configs.PRESETS["smoke"]["BATCH_SIZE"]
+    assert "BATCH_SIZE" in out and "MAX_STEPS" not in out
+
+
+def test_functions_read_constants_when_called():
+    assert gspo.next_kl_coef(0.1, 1000.0) == pytest.approx(0.15)
+    gspo.TARGET_KL = 1e6
+    assert gspo.next_kl_coef(0.1, 1000.0) == pytest.approx(0.05)
+
+
+def test_import_has_no_side_effects(tmp_path):
+    code = "import gspo, os; gspo.GROUP_SIZE = 8; print(os.listdir('.'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(configs.HERE)}, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]" and done.returncode == 0, done.stderr
+
+
+def test_a_script_run_from_the_command_line_fails_in_one_line(tmp_path):
+    command = [sys.executable, str(configs.HERE / "gspo.py"), "--group-sise", "4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "gspo.py: error: unknown flag --group-sise; did you mean --group-size?\n"
+    assert not list(tmp_path.iterdir())
+
+
+# ---- What cannot be used
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--groupsize", "8"], ["unknown flag --groupsize", "--group-size"]),
+        (["--xyzzy"], ["unknown flag --xyzzy", "--help"]),
+        (["stray"], ["stray"]),
+        (["--group-size", "eight"], ["--group-size", "whole number", "'eight'"]),
+        (["--group-size", "8.5"], ["--group-size", "whole number"]),
+        (["--group-size"], ["--group-size", "expected one argument"]),
+        (["--learning-rate", "fast"], ["--learning-rate", "number", "'fast'"]),
+        (["--learning-rate", "nan"], ["--learning-rate", "finite"]),
+        (["--learning-rate", "0"], ["LEARNING_RATE = 0.0", "positive"]),
+        (["--adaptive-kl", "maybe"], ["maybe"]),
+        (["--group-size", "1"], ["GROUP_SIZE = 1", "at least 2", "--group-size"]),
+        (["--group-size", "-3"], ["GROUP_SIZE = -3", "at least 2"]),
+        (["--clip-low", "-0.1"], ["CLIP_LOW = -0.1", "offset from 1"]),
+        (["--clip-low", "1.0"], ["CLIP_LOW = 1.0", "offset from 1"]),
+        (["--clip-high", "-1"], ["CLIP_HIGH = -1.0", "offset from 1"]),
+        (["--temperature", "0"], ["TEMPERATURE = 0.0", "positive"]),
+        (["--top-p", "1.5"], ["TOP_P = 1.5", "(0, 1]"]),
+        (["--max-steps", "0"], ["MAX_STEPS = 0"]),
+        (["--gspo-epochs", "0"], ["GSPO_EPOCHS = 0"]),
+        (["--mini-batches", "1000"], ["MINI_BATCHES", "--mini-batches"]),
+        (["--ratio-level", "word"], ["RATIO_LEVEL = 'word'", "'sequence'", "'token'"]),
+        (["--advantage-type", "zscore"], ["ADVANTAGE_TYPE", "'relative'", "'normalized'"]),
+        (["--lr-schedule", "step"], ["LR_SCHEDULE", "'cosine'"]),
+        (["--preset", "huge"], ["--preset huge", "smoke"]),
+        (["--rewards", "exact_macht"], ["exact_macht", "exact_match"]),
+        (["--rewards", "exact_match much"], ["exact_match much", "weight"]),
+        (["--rewards", ""], ["REWARDS", "weight"]),
+        (["--eval-reward", "reward_model"], ["EVAL_REWARD", "reward_model", "exact_match"]),
+        (["--policy-device", "cuda:7"], ["POLICY_DEVICE = 'cuda:7'", "no such device", "cpu"]),
+        (["--reward-device", "gpu"], ["REWARD_DEVICE = 'gpu'", "no such device"]),
+        (["--policy-model", "no/such/folder"], ["POLICY_MODEL = 'no/such/folder'", "--policy-model"]),
+        (["--policy-model", "nobody/nothing"], ["POLICY_MODEL = 'nobody/nothing'"]),
+        (["--policy-model", "data"], ["POLICY_MODEL = 'data'", "config.json"]),
+        (["--reward-model", "no-such-folder"], ["REWARD_MODEL = 'no-such-folder'"]),
+        (["--prompts", "missing.jsonl"], ["PROMPTS = 'missing.jsonl'", "--prompts"]),
+        (["--eval-prompts", "missing.jsonl"], ["EVAL_PROMPTS = 'missing.jsonl'"]),
+        (["--prompts", "data"], ["PROMPTS", "data"]),
+        (["--prompt-column", "question"], ["train.jsonl, line 1", "'question'", "PROMPT_COLUMN"]),
+        (["--answer-column", "solution"], ["train.jsonl, line 1", "'solution'", "ANSWER_COLUMN"]),
+    ],
+)
+def test_bad_flags(capsys, tmp_path, argv, words):
+    assert_refused(capsys, tmp_path, words, *argv)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="needs a device that is not there")
+def test_a_default_device_asked_for_explicitly_must_exist(capsys, tmp_path):
+    assert_refused(capsys, tmp_path, ["REF_DEVICE = 'cuda:1'", "no such device"], "--ref-device", "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["holds no prompts"]),
+        (b"\n\n", ["holds no prompts"]),
+        (b'{"prompt": "1+1=", "answer": "2"}\n{"prompt": \n', ["line 2", "not JSON"]),
+        (b'{"prompt": "1+1=", "answer": "2"}\n\n[1, 2]\n', ["line 3", "JSON object", "list"]),
+        (b'{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2="}\n', ["line 2", "no field 'answer'"]),
+        (b'{"answer": "2"}\n', ["line 1", "no field 'prompt'"]),
+        (b'{"prompt": "", "answer": "2"}\n', ["line 1", "'prompt'", "not empty"]),
+        (b'{"prompt": 5, "answer": "2"}\n', ["line 1", "'prompt'", "text"]),
+        (b'\xff\xfe{"prompt"', ["UTF-8"]),
+        (b'{"prompt": "' + b"1+" * 60 + b'1=", "answer": "61"}\n', ["prompt 1", "122 tokens", "context"]),
+    ],
+)
+def test_bad_prompt_files(capsys, tmp_path, content, words):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    assert_refused(capsys, tmp_path, ["prompts.jsonl", *words], "--prompts", path)
+
+
+def test_a_reward_model_needs_one_logit(capsys, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(configs.HERE / gspo.REWARD_MODEL)
+    config.num_labels = 2
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "two")
+    transformers.AutoTokenizer.from_pretrained(configs.HERE / gspo.REWARD_MODEL).save_pretrained(tmp_path / "two")
+    assert_refused(capsys, tmp_path, ["REWARD_MODEL", "2 logits"], "--reward-model", tmp_path / "two")
+
+
+def test_missing_weights_are_an_error_never_random_numbers(capsys, tmp_path):
+    """A causal model loaded as a classifier has no score head: transformers would make one up."""
+    assert_refused(capsys, tmp_path, ["REWARD_MODEL", "score.weight"], "--reward-model", gspo.POLICY_MODEL)
+
+
+def test_constants_edited_to_nonsense_are_named():
+    for name, value, words in (
+        ("GROUP_SIZE", "8", "whole number"),
+        ("LEARNING_RATE", None, "number"),
+        ("ADVANTAGE_TYPE", 3, "text"),
+        ("SEED", True, "whole number"),
+    ):
+        before = getattr(gspo, name)
+        setattr(gspo, name, value)
+        with pytest.raises(configs.InputError, match=re.escape(f"{name} = {value!r}")) as error:
+            gspo.GSPOTrainer()
+        assert words in str(error.value)
+        setattr(gspo, name, before)
+
+
+def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, err = run_main(capsys, "--preset", "smoke", "--output-dir", tmp_path / "file")
+    assert code == 2 and err.count("\n") == 1 and "OUTPUT_DIR" in err
+
+
+# ---- Devices
+
+
+def test_the_shipped_devices_fall_back_and_say_so(monkeypatch, capsys):
+    for gpus, chosen, said in (
+        (0, ["cpu"] * 3, "no GPU"),
+        (1, ["cuda:0"] * 3, "one GPU"),
+        (2, ["cuda:0", "cuda:1", "cuda:1"], ""),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert [str(device) for device in configs.choose_devices("cuda:0", "cuda:1", "cuda:1")] == chosen
+        out = capsys.readouterr().out
+        assert said in out and out.count("\n") == (gpus < 2)
+    assert [str(device) for device in configs.choose_devices("cpu", "cpu", "cpu")] == ["cpu"] * 3
+    assert capsys.readouterr().out == ""
+
+
+# ---- Rewards
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [("#132", 1), ("7+5=12#132", 1), ("#13#132", 1), ("132", 0), ("#1321", 0), ("#132#", 0), ("", 0), ("# 132 ", 1)],
+)
+def test_exact_match(completion, right):
+    from rewards import exact_match
+
+    assert exact_match("47+85=", completion, {"answer": "132"}) == right
+
+
+def test_shipped_prompts_are_right_and_disjoint():
+    rows = {
+        name: [json.loads(line) for line in (configs.HERE / f"data/arithmetic/{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    }
+    for row in rows["train"] + rows["test"]:
+        a, b = map(int, row["prompt"].rstrip("=").split("+"))
+        assert row["answer"] == str(a + b)
+    prompts = [row["prompt"] for name in rows for row in rows[name]]
+    assert len(set(prompts)) == len(prompts)

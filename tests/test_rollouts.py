@@ -1,0 +1,177 @@
+"""Sampling and log-probs against naive computations of one sequence at a time; a random model, ragged prompts."""
+
+import pytest
+import torch
+import transformers
+
+import gspo
+
+EOS, OTHER_EOS, PAD, VOCABULARY = 1, 2, 0, 20
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    return transformers.Qwen3ForCausalLM(config).eval()
+
+
+class Tokenizer:
+    """The two things that sampling asks of a tokenizer."""
+
+    pad_token_id = PAD
+
+    def batch_decode(self, completions, skip_special_tokens):
+        return [" ".join(map(str, ids)) for ids in completions]
+
+
+PROMPTS = [{"prompt_ids": ids} for ids in ([5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [3, 0, 4])]  # a pad id inside, too
+
+
+def sample(model, rows=PROMPTS, group_size=4, eos_ids=(EOS,), greedy=False, tokens=24):
+    gspo.MAX_COMPLETION_TOKENS = tokens
+    return gspo.sample_completions(model, Tokenizer(), list(eos_ids), rows, group_size, ("test",), greedy)
+
+
+@torch.no_grad()
+def naive_logps(model, prompt_ids, completion_ids):
+    """One sequence through the model, no padding, no cache; log-probs of its completion and the entropy there."""
+    logits = model(torch.tensor([prompt_ids + completion_ids])).logits[0, len(prompt_ids) - 1 : -1]
+    log_probs = (logits / gspo.TEMPERATURE).log_softmax(-1)
+    entropy = torch.distributions.Categorical(logits=log_probs).entropy()
+    return log_probs[range(len(completion_ids)), completion_ids], entropy
+
+
+def completion(rollouts, i):
+    return rollouts.input_ids[i, rollouts.prompt_lengths[i] : rollouts.lengths[i]].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_and_recomputed_log_probs_equal_the_naive_ones(model, temperature):
+    gspo.TEMPERATURE = temperature
+    rollouts = sample(model)
+    rows = torch.arange(len(rollouts.texts))
+    with torch.no_grad():
+        recomputed, entropy = gspo.completion_logps(model, rollouts, rows, with_entropy=True)
+    assert len(set(rollouts.completion_lengths.tolist())) > 3  # ragged, so that rows did leave the batch early
+    for i in rows.tolist():
+        expected, expected_entropy = naive_logps(model, PROMPTS[i // 4]["prompt_ids"], completion(rollouts, i))
+        n = len(expected)
+        torch.testing.assert_close(rollouts.sampled_logps[i, :n], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(recomputed[i, :n], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(entropy[i, :n], expected_entropy, rtol=1e-4, atol=1e-5)
+        assert (recomputed[i, n:] == 0).all() and (rollouts.sampled_logps[i, n:] == 0).all()
+
+
+def test_a_row_is_the_same_alone_and_in_a_left_padded_batch(model):
+    together = sample(model, group_size=1, greedy=True)
+    for i, row in enumerate(PROMPTS):
+        alone = sample(model, [row], group_size=1, greedy=True)
+        assert completion(alone, 0) == completion(together, i)
+        n = int(alone.completion_lengths[0])
+        torch.testing.assert_close(together.sampled_logps[i, :n], alone.sampled_logps[0], rtol=1e-4, atol=1e-5)
+
+
+def test_greedy_completions_are_those_of_generate(model):
+    rollouts = sample(model, group_size=2, greedy=True)
+    for i, row in enumerate(PROMPTS):
+        ids = model.generate(
+            torch.tensor([row["prompt_ids"]]),
+            attention_mask=torch.ones(1, len(row["prompt_ids"]), dtype=torch.long),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )[0, len(row["prompt_ids"]) :].tolist()
+        assert completion(rollouts, 2 * i) == completion(rollouts, 2 * i + 1) == ids
+
+
+def test_the_mask_ends_with_the_first_end_of_sequence_whichever_it_is(model):
+    rollouts = sample(model, group_size=16, eos_ids=(EOS, OTHER_EOS))
+    endings = set()
+    for i in range(len(rollouts.texts)):
+        ids = completion(rollouts, i)
+        assert rollouts.completion_mask[i].sum() == len(ids) == rollouts.completion_lengths[i]
+        assert rollouts.completion_mask[i, : len(ids)].all()
+        assert not {EOS, OTHER_EOS} & set(ids[:-1])
+        assert bool(rollouts.truncated[i]) == (ids[-1] not in (EOS, OTHER_EOS))
+        assert not rollouts.truncated[i] or len(ids) == 24
+        assert (rollouts.input_ids[i, rollouts.lengths[i] :] == PAD).all()
+        endings.add("truncated" if rollouts.truncated[i] else ids[-1])
+    assert endings == {EOS, OTHER_EOS, "truncated"}
+
+
+def test_each_prompt_is_prefilled_once_and_finished_rows_leave(model):
+    shapes = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    rollouts = sample(model, group_size=8)
+    hook.remove()
+    assert shapes[0] == (4, 6)  # four prompts, not thirty-two
+    assert all(width == 1 for _, width in shapes[1:])
+    assert shapes[1][0] == 32 and shapes[-1][0] < 16
+    assert len(shapes) == rollouts.completion_lengths.max()
+    assert sum(rows for rows, _ in shapes[1:]) < 1.4 * int(rollouts.completion_lengths.sum())
+
+
+def test_sampling_repeats_with_its_seed_and_differs_without(model):
+    first, again = sample(model), sample(model)
+    assert first.texts == again.texts and torch.equal(first.sampled_logps, again.sampled_logps)
+    gspo.SEED = 1
+    assert sample(model).texts != first.texts
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    logits = torch.tensor([0.3, -1.0, float("-inf"), 2.0, 0.0])
+    gspo.TEMPERATURE = 0.8
+    probs = (logits / 0.8).softmax(0)
+    grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    tokens, logps = gspo.sample_tokens(logits.expand(len(grid), -1), grid)
+    share = torch.bincount(tokens, minlength=5) / len(grid)
+    assert (share - probs).abs().max() <= 2e-4
+    assert share[2] == 0
+    torch.testing.assert_close(logps, probs.log()[tokens])
+    edges = torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)
+    assert gspo.sample_tokens(logits.expand(2, -1), edges)[0].tolist() == [0, 4]
+    assert gspo.sample_tokens(logits[None], None)[0].item() == 3
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    probs = torch.tensor([0.1, 0.5, 0.05, 0.35])
+    gspo.TOP_P = 0.6  # 0.5 does not reach it, 0.5 + 0.35 does
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    tokens, logps = gspo.sample_tokens(probs.log().expand(1000, -1), grid)
+    share = torch.bincount(tokens, minlength=4) / 1000
+    torch.testing.assert_close(share, torch.tensor([0, 0.5, 0, 0.35]) / 0.85, atol=2e-3, rtol=0)
+    torch.testing.assert_close(logps, probs.log()[tokens])  # of the full distribution
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    lengths = torch.tensor([3, 50, 7, 7, 20, 1, 100, 7])
+    batches = list(gspo.micro_batches(lengths, 60))
+    assert sorted(torch.cat(batches).tolist()) == list(range(8))
+    for rows in batches:
+        assert len(rows) == 1 or len(rows) * int(lengths[rows].max()) <= 60
+    assert [len(rows) for rows in batches][:2] == [1, 1]
+
+
+def test_prompts_of_steps_pass_over_the_data_in_a_new_order_each_time():
+    rows = [{"number": i} for i in range(10)]
+    gspo.BATCH_SIZE = 4
+    seen = [row["number"] for step in range(1, 6) for row in gspo.prompts_of_step(rows, step)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:] and seen[:10] != list(range(10))
+    assert [row["number"] for row in gspo.prompts_of_step(rows, 3)] == seen[8:12]  # a function of the step alone
+    gspo.BATCH_SIZE = 25
+    assert len(gspo.prompts_of_step(rows, 1)) == 25

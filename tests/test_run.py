@@ -1,0 +1,253 @@
+"""Whole runs at a small size: what is written, what is learned from, and what is left out."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+import configs
+import gspo
+import plotting
+
+METRICS = (
+    "step policy_loss entropy_loss kl_loss reward relative_advantage kl_divergence kl_coef avg_response_length "
+    "reward_std entropy clip_fraction ratio_mean ratio_min ratio_max grad_norm dead_groups truncated sampler_gap "
+    "learning_rate completion_tokens tokens_per_second seconds_rollout seconds_reward seconds_logps "
+    "seconds_update peak_memory_gb"
+).split()
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("seconds_") and k != "tokens_per_second"} for row in rows]
+
+
+def test_a_run_writes_every_file_moves_every_parameter_and_reports(small, capsys):
+    small.SAVE_EVERY, small.EVAL_EVERY = 1, 1
+    trainer = small.GSPOTrainer()
+    before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+    history = trainer.train()
+    for name, parameter in trainer.policy.named_parameters():
+        assert not torch.equal(parameter, before[name]), f"{name} did not move"
+
+    folder = trainer.run.folder
+    assert folder.parent.name == "outputs" and folder.name.startswith("gspo-")
+    assert (folder / "gspo.py").read_text() == (configs.HERE / "gspo.py").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["constants"]["GROUP_SIZE"] == 4 and config["constants"]["OUTPUT_DIR"] == small.OUTPUT_DIR
+    assert {"git_commit", "versions", "hardware", "command"} <= config.keys()
+
+    rows = read_jsonl(folder / "metrics.jsonl")
+    assert rows == history and [row["step"] for row in rows] == [0, 1, 2]
+    assert set(rows[0]) == {"step", "eval_accuracy", "eval_accuracy_greedy"}
+    for row in rows[1:]:
+        assert set(METRICS) <= set(row) and {"eval_accuracy", "eval_accuracy_greedy"} <= set(row)
+        assert all(math.isfinite(row[name]) for name in METRICS if name != "peak_memory_gb")
+        assert row["sampler_gap"] < 1e-4
+        assert row["ratio_min"] <= row["ratio_mean"] <= row["ratio_max"]
+        assert row["entropy_loss"] < 0 < row["kl_coef"]
+    assert rows[1]["kl_divergence"] < rows[2]["kl_divergence"]
+
+    samples = read_jsonl(folder / "samples.jsonl")
+    assert len(samples) == 2 * 2 * 4
+    assert {"step", "prompt", "completion", "reward", "advantage", "answer"} <= set(samples[0])
+    assert len({sample["prompt"] for sample in samples[:4]}) == 1
+    assert sum(sample["advantage"] for sample in samples[:4]) == pytest.approx(0, abs=1e-5)
+
+    for name in ("checkpoints/step-1", "checkpoints/step-2", "final"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / name)
+        inputs = tokenizer(["47+85="], return_tensors="pt")
+        assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs.input_ids.shape[1]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dict(trainer.policy.named_parameters())[name])
+    assert (folder / "metrics.png").stat().st_size > 10_000
+    assert not list(folder.rglob("*.part*"))
+
+    out = capsys.readouterr().out
+    assert f"{rows[0]['eval_accuracy']:.3f} before, {rows[2]['eval_accuracy']:.3f} after" in out
+    assert str(folder / "metrics.png") in out and out.count("    before ") == out.count("    after ") == 3
+
+
+def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small):
+    runs = []
+    for seed in (0, 0, 1):
+        small.SEED = seed
+        trainer = small.GSPOTrainer()
+        trainer.train()
+        runs.append(timeless(read_jsonl(trainer.run.folder / "metrics.jsonl")))
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.fixture
+def trainer_with_rollouts(small):
+    """A trainer off its starting point, and what one update needs."""
+    trainer = small.GSPOTrainer()
+    rollouts = trainer.generate_responses_with_group_sampling(gspo.prompts_of_step(trainer.train_rows, 1), 1)
+    old_logps = trainer.compute_log_probs(trainer.policy, rollouts)
+    ref_logps = trainer.compute_log_probs(trainer.ref_model, rollouts) - 0.1
+    advantages = torch.randn(len(rollouts.texts), generator=torch.Generator().manual_seed(0))
+    return trainer, (rollouts, torch.arange(len(rollouts.texts)), old_logps, ref_logps, advantages)
+
+
+@pytest.mark.parametrize("level", ["sequence", "sequence_token", "token"])
+def test_how_a_batch_is_split_cannot_change_loss_or_gradient(trainer_with_rollouts, level):
+    trainer, batch = trainer_with_rollouts
+    gspo.RATIO_LEVEL, gspo.MAX_GRAD_NORM = level, 1e9
+    trainer.optimizer.step = lambda: None  # look at the gradient, stay where we are
+    results = []
+    for budget in (100_000, 200, 1):
+        gspo.MICRO_BATCH_TOKENS = budget
+        stats = trainer.update(*batch)
+        results.append((stats, torch.cat([p.grad.flatten().clone() for p in trainer.policy.parameters()])))
+    for stats, grad in results[1:]:
+        torch.testing.assert_close(grad, results[0][1], rtol=1e-3, atol=1e-6)
+        for name in stats:
+            torch.testing.assert_close(stats[name], results[0][0][name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_update_takes_the_gradient_of_the_documented_loss(trainer_with_rollouts):
+    """loss = −J + kl_coef · mean k3 − ENTROPY_COEF · mean entropy, computed here from whole logits, a row at a time."""
+    trainer, (rollouts, rows, old_logps, ref_logps, advantages) = trainer_with_rollouts
+    gspo.MAX_GRAD_NORM, gspo.ENTROPY_COEF, trainer.kl_coef = 1e9, 0.3, 0.7
+    trainer.optimizer.step = lambda: None
+    stats = trainer.update(rollouts, rows, old_logps, ref_logps, advantages)
+    grad = torch.cat([p.grad.flatten().clone() for p in trainer.policy.parameters()])
+    total = {"policy_loss": 0.0, "kl_loss": 0.0, "entropy_loss": 0.0}
+    for i in rows.tolist():
+        start, end = int(rollouts.prompt_lengths[i]), int(rollouts.lengths[i])
+        ids = rollouts.input_ids[i : i + 1, :end]
+        log_probs = trainer.policy(ids).logits[0, start - 1 : end - 1].log_softmax(-1)
+        logps = log_probs.gather(1, ids[0, start:, None])[:, 0]
+        n = end - start
+        ratio = (logps - old_logps[i, :n]).mean().exp()
+        bounded = ratio.clamp(1 - gspo.CLIP_LOW, 1 + gspo.CLIP_HIGH)
+        total["policy_loss"] -= torch.min(ratio * advantages[i], bounded * advantages[i]) / len(rows)
+        difference = ref_logps[i, :n] - logps
+        total["kl_loss"] += 0.7 * (difference.exp() - difference - 1).mean() / len(rows)
+        total["entropy_loss"] += 0.3 * (log_probs.exp() * log_probs).sum(-1).mean() / len(rows)
+    trainer.policy.zero_grad()
+    sum(total.values()).backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.policy.parameters()])
+    torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-6)
+    for name, value in total.items():
+        torch.testing.assert_close(stats[name], value.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none_is_computed(small, monkeypatch):
+    loaded, asked = [], []
+    load_model, completion_logps = gspo.load_model, gspo.completion_logps
+    monkeypatch.setattr(gspo, "load_model", lambda *a: (loaded.append(a[2]), load_model(*a))[1])
+    monkeypatch.setattr(
+        gspo,
+        "completion_logps",
+        lambda *a, **k: (asked.append(k.get("with_entropy", False)), completion_logps(*a, **k))[1],
+    )
+    small.KL_COEF, small.ADAPTIVE_KL, small.ENTROPY_COEF, small.REWARDS = 0.0, False, 0.0, "exact_match"
+    trainer = small.GSPOTrainer()
+    history = trainer.train()
+    assert loaded == ["POLICY_MODEL"] and trainer.ref_model is None and not any(asked)
+    assert history[1]["kl_divergence"] is None and history[1]["kl_loss"] == history[1]["entropy_loss"] == 0
+    assert plotting.draw_run(trainer.run.folder).is_file()
+
+
+def test_rewards_are_the_weighted_sum_and_the_reward_model_sees_prompt_and_completion(small):
+    small.REWARDS = "reward_model 2, exact_match 0.5"
+    trainer = small.GSPOTrainer()
+    rollouts = trainer.generate_responses_with_group_sampling(gspo.prompts_of_step(trainer.train_rows, 1), 1)
+    for i, reward in enumerate(trainer.compute_rewards(rollouts).tolist()):
+        row, text = rollouts.prompts[i], rollouts.texts[i]
+        alone = trainer.reward_tokenizer([row["prompt"] + text], return_tensors="pt")
+        with torch.no_grad():
+            score = trainer.reward_model(alone.input_ids).logits.item()
+        right = float(text.rpartition("#")[2] == row["answer"])
+        assert reward == pytest.approx(2 * score + 0.5 * right, abs=1e-4)
+
+
+def test_the_learning_rate_warms_up_and_decays(small):
+    small.MAX_STEPS, small.WARMUP_STEPS, small.LEARNING_RATE = 10, 4, 1.0
+    rates = {}
+    for schedule in ("constant", "linear", "cosine"):
+        small.LR_SCHEDULE = schedule
+        rates[schedule] = [gspo.learning_rate_at(step) for step in range(1, 11)]
+        assert rates[schedule][:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates["constant"][5:] == [1.0] * 5
+    assert rates["linear"][5:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert rates["cosine"][7] == pytest.approx(0.5) and 0 < rates["cosine"][9] < 0.1
+
+
+def test_warnings_where_constants_cannot_work(small, capsys):
+    small.GSPO_EPOCHS = small.MINI_BATCHES = 1
+    small.TOP_P = 0.9
+    small.GSPOTrainer().train()
+    out = capsys.readouterr().out
+    assert "one update per rollout" in out and "TOP_P = 0.9" in out
+    small.MINI_BATCHES, small.TOP_P, small.CLIP_LOW, small.CLIP_HIGH = 2, 1.0, 0.99, 99.0
+    small.GSPOTrainer().train()
+    captured = capsys.readouterr()
+    assert "one update per rollout" not in captured.out
+    assert "never acts" in captured.out + captured.err
+
+
+# ---- Pictures
+
+
+def titles(figure):
+    return [axis.get_title() for axis in figure.axes]
+
+
+def test_the_picture_has_eight_titled_panels_with_axes_named():
+    series = [[0.1 * i + k for i in range(5)] for k in range(8)]
+    figure = plotting.plot_gspo_metrics(*series)
+    assert len(figure.axes) == 8 and all(titles(figure)) and len(set(titles(figure))) == 8
+    for axis, values in zip(figure.axes, series, strict=True):
+        assert axis.get_xlabel() and axis.get_ylabel()
+        assert list(axis.lines[0].get_ydata()) == values
+
+
+def test_runs_are_redrawn_and_compared_with_a_legend(small, capsys):
+    folders = []
+    for _ in range(2):
+        trainer = small.GSPOTrainer()
+        trainer.train()
+        folders.append(trainer.run.folder)
+    (folders[0] / "metrics.png").unlink()
+    plotting.main([str(folders[0])])
+    assert (folders[0] / "metrics.png").is_file()
+    figure = plotting.compare_runs(folders)
+    assert len(figure.axes) == 8 and all(titles(figure))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [folder.name for folder in folders]
+    picture = folders[0] / "both.png"
+    plotting.main([*map(str, folders), "--output", str(picture)])
+    assert picture.is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "no metrics.jsonl"), ("", "no training step"), ('{"step": 1, "policy', "line 1"), ("[]", "line 1")],
+)
+def test_plotting_what_cannot_be_read_fails_in_one_line(tmp_path, capsys, content, words):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(SystemExit) as exit_:
+        plotting.main([str(tmp_path)])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2 and words in err and err.count("\n") == 1
+
+
+def test_reward_and_reference_get_their_work_before_the_policy_so_that_devices_overlap(small, monkeypatch):
+    order = []
+    trainer = small.GSPOTrainer()
+    compute_rewards, compute_log_probs = trainer.compute_rewards, trainer.compute_log_probs
+    models = {trainer.policy: "policy", trainer.ref_model: "reference"}
+    monkeypatch.setattr(trainer, "compute_rewards", lambda r: (order.append("reward"), compute_rewards(r))[1])
+    monkeypatch.setattr(
+        trainer, "compute_log_probs", lambda m, r: (order.append(models[m]), compute_log_probs(m, r))[1]
+    )
+    trainer.train_step(1)
+    assert order == ["reward", "reference", "policy"]
