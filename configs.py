@@ -233,7 +233,8 @@ def find_path(value, name):
 
 def find_model(value, name):
     """A local folder, or the id of a model on the Hub (`owner/name`). Raises InputError if it can be neither."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not (HERE / value).exists() and not Path(value).exists():
+    owner = value.split("/")[0]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not Path(owner).exists() and not (HERE / owner).exists():
         return value
     path = find_path(value, name)
     if not (path / "config.json").is_file():

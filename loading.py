@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 from configs import InputError, find_model, find_path
 
 transformers.logging.disable_progress_bar()
+huggingface_hub.logging.set_verbosity_error()  # its retries; what comes of them is reported
 
 
 def load_prompts(source, name, prompt_column, answer_column):
