@@ -18,7 +18,7 @@ check: .venv/test-ready
 
 # The stamps are newer than the requirements once these are installed, so that nothing is installed twice.
 .venv/run-ready: requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 

@@ -75,7 +75,7 @@ def _number_of(kind):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected {_KINDS[kind]}, got {text!r}") from None
-        if not math.isfinite(value):
+        if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
         return value
 
@@ -163,8 +163,16 @@ RULES = {
     "EVAL_SAMPLES": (int, _positive, "at least 1 completion per held-out prompt"),
     "SAVE_EVERY": (int, _not_negative, "0 or more steps; 0 saves only at the end"),
     "SAMPLE_GROUPS": (int, _not_negative, "0 or more groups per step"),
+    "ADAPTIVE_KL": (bool, (True, False), None),
+    "LENGTH_NORMALIZED_RATIO": (bool, (True, False), None),
     "SEED": (int, lambda v: 0 <= v < 2**63, "in [0, 2^63)"),
 }
+
+_NAMES = "POLICY_MODEL REWARD_MODEL PROMPTS EVAL_PROMPTS PROMPT_COLUMN ANSWER_COLUMN REWARDS EVAL_REWARD OUTPUT_DIR"
+RULES |= dict.fromkeys(_NAMES.split(), (str, bool, "a text that is not empty"))
+RULES |= dict.fromkeys(
+    ("POLICY_DEVICE", "REF_DEVICE", "REWARD_DEVICE"), (str, bool, 'a device such as "cpu" or "cuda:0"')
+)
 
 
 def _rule(name):

@@ -17,7 +17,7 @@ entropy bonus; here both are there for those who want them, the KL with an adapt
 
 One training step:
   1. take BATCH_SIZE prompts and sample GROUP_SIZE completions of each from the policy
-  2. score the completions; meanwhile compute log-probs under the reference model and the policy, π_ref and π_old
+  2. score the completions, and compute their log-probs under the reference model and the policy, π_ref and π_old
   3. turn rewards into advantages within each group
   4. GSPO_EPOCHS times: split the completions at random into MINI_BATCHES, and take one optimizer step on each
   5. adapt the KL coefficient, log, and now and then evaluate on held-out prompts
@@ -30,6 +30,7 @@ Run:   python gspo.py                     the embedded task, on any machine
 import hashlib
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,7 @@ ADAPTIVE_KL = True  # raise the KL weight above twice the target, lower it below
 
 # Optimizer
 LEARNING_RATE = 1e-3  # peak; AdamW; fits the embedded models, large ones want about 1e-6
-LR_SCHEDULE = "linear"  # after the warm-up: "constant", or "linear" or "cosine" down to zero
+LR_SCHEDULE = "linear"  # after the warm-up: "constant", or "linear" or "cosine" towards zero
 WARMUP_STEPS = 5  # steps of linear warm-up
 WEIGHT_DECAY = 0.0  # AdamW's
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
@@ -152,7 +153,7 @@ def compute_policy_loss_token_level(logps, old_logps, advantages, completion_mas
 
     The ratio is that of the token if RATIO_LEVEL is "token" (as in PPO and GRPO), else GSPO-token's (eq. 14):
     s_it = sg[s_i] · π(y_it) / sg[π(y_it)], which is s_i in value. With one advantage per sequence its loss and gradient
-    are those of the sequence level; with advantages (B, T) each token has its own.
+    are those of the sequence level with LENGTH_NORMALIZED_RATIO; with advantages (B, T) each token has its own.
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # (B, 1)
@@ -162,7 +163,12 @@ def compute_policy_loss_token_level(logps, old_logps, advantages, completion_mas
         sequence_ratio = compute_sequence_ratio(logps, old_logps, completion_mask).detach()  # (B,)
         ratio = sequence_ratio[:, None] * (logps - logps.detach()).masked_fill(~completion_mask, 0.0).exp()  # (B, T)
     losses, clipped = clipped_loss(ratio, advantages)
-    return aggregate(losses, completion_mask), ratio_stats(ratio[completion_mask], clipped[completion_mask])
+    counted = completion_mask
+    if (
+        RATIO_LEVEL != "token" and advantages.shape[1] == 1
+    ):  # one ratio per sequence: each counts once in the statistics
+        counted = completion_mask & (completion_mask.cumsum(1) == 1)
+    return aggregate(losses, completion_mask), ratio_stats(ratio[counted], clipped[counted])
 
 
 def clipped_loss(ratio, advantages):
@@ -262,11 +268,11 @@ def completion_logps(model, rollouts, rows, with_entropy=False):
     """
     device = model.device
     prompt_lengths, completion_mask = rollouts.prompt_lengths[rows], rollouts.completion_mask[rows]
-    row, t = completion_mask.nonzero(as_tuple=True)  # on the CPU: the device is not waited for
+    row, t = completion_mask.nonzero(as_tuple=True)  # (tokens,) each
     position = prompt_lengths[row] + t
     input_ids = rollouts.input_ids[rows, : int(position.max()) + 1]  # (rows, P + T)
     targets = input_ids[row, position].to(device)
-    row, t, position, input_ids = (x.to(device, non_blocking=True) for x in (row, t, position, input_ids))
+    row, t, position, input_ids = (x.to(device) for x in (row, t, position, input_ids))
     with autocast(device):
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, P + T, H)
         logits = model.get_output_embeddings()(hidden[row, position - 1])  # (tokens, V)
@@ -362,17 +368,15 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, purpose, gre
             completion_ids[place, t] = tokens
             completion_lengths[place] += running
             running &= ~torch.isin(tokens, eos_ids)
-            # Asking how many are left makes the host wait for a GPU, so there it is asked now and then only.
-            if device.type == "cpu" or t % 16 == 15 or t == steps - 1:
-                left = int(running.sum())
-                if left == 0 or t == steps - 1:
-                    break
-                if left <= 0.75 * len(running):
-                    keep = running.nonzero().squeeze(1)
-                    cache.batch_select_indices(keep)
-                    place, tokens, running, visible, next_position = (
-                        x[keep] for x in (place, tokens, running, visible, next_position)
-                    )
+            left = int(running.sum())
+            if left == 0 or t == steps - 1:
+                break
+            if left <= 0.75 * len(running):  # not at every end: copying the cache costs more than a few idle rows
+                keep = running.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                place, tokens, running, visible, next_position = (
+                    x[keep] for x in (place, tokens, running, visible, next_position)
+                )
             hidden = model.base_model(
                 input_ids=tokens[:, None],
                 attention_mask=visible[:, : width + t + 1],
@@ -434,6 +438,7 @@ class GSPOTrainer:
             self.reward_tokenizer = load_tokenizer(REWARD_MODEL, "REWARD_MODEL")
             self.reward_model = load_model(classifier, REWARD_MODEL, "REWARD_MODEL", self.reward_device)
             self.reward_model.requires_grad_(False)
+            self.reward_model.config.get_text_config().pad_token_id = self.reward_tokenizer.pad_token_id
             if (logits := self.reward_model.config.num_labels) != 1:
                 raise InputError(f"REWARD_MODEL = {REWARD_MODEL!r} has {logits} logits; give a model with 1")
         check_head(self.policy, "POLICY_MODEL")
@@ -442,6 +447,8 @@ class GSPOTrainer:
         encode_prompts(self.train_rows, self.tokenizer, longest, PROMPTS)
         encode_prompts(self.eval_rows, self.tokenizer, longest, EVAL_PROMPTS)
 
+        elsewhere = {self.ref_device, self.reward_device} - {self.policy_device}
+        self.worker = ThreadPoolExecutor(1) if elsewhere else None
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
         self.metrics_history, self.samples = [], []
@@ -455,7 +462,7 @@ class GSPOTrainer:
 
     @torch.no_grad()
     def compute_rewards(self, rollouts):
-        """The weighted sum of REWARDS: (B,) on the reward device, which is not waited for."""
+        """The weighted sum of REWARDS, one number per completion: (B,)."""
         total = torch.zeros(len(rollouts.texts))
         for name, weight in self.reward_weights.items():
             if name == "reward_model":
@@ -469,8 +476,11 @@ class GSPOTrainer:
 
     def score_with_reward_model(self, rollouts):
         """The reward model's logit for prompt and completion as one text, (B,)."""
-        texts = [row["text"] + text for row, text in zip(rollouts.prompts, rollouts.texts, strict=True)]
-        ids = self.reward_tokenizer(texts)["input_ids"]
+        pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
+        texts = [row["prompt_text"] + text for row, text in pairs]
+        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal completions get equal scores
+        templated = bool(self.tokenizer.chat_template)  # then the special tokens are in the text already
+        ids = self.reward_tokenizer(list(distinct), add_special_tokens=not templated)["input_ids"]
         lengths = torch.tensor([len(sequence) for sequence in ids])
         scores = torch.zeros(len(ids), device=self.reward_device)
         for rows in micro_batches(lengths, MICRO_BATCH_TOKENS):
@@ -480,15 +490,20 @@ class GSPOTrainer:
             with autocast(self.reward_device):
                 logits = self.reward_model(**batch.to(self.reward_device)).logits  # (rows, 1)
             scores[rows.to(self.reward_device)] = logits[:, 0].float()
-        return scores
+        return scores[torch.tensor([distinct[text] for text in texts], device=self.reward_device)]
 
     @torch.no_grad()
     def compute_log_probs(self, model, rollouts):
-        """Log-probs of all completions under a model: (B, T) on its device, which is not waited for."""
+        """Log-probs of all completions under a model: (B, T) on its device."""
         logps = torch.zeros(rollouts.completion_mask.shape, device=model.device)
         for rows in micro_batches(rollouts.lengths, MICRO_BATCH_TOKENS):
             logps[rows.to(model.device)], _ = completion_logps(model, rollouts, rows)
         return logps
+
+    def score(self, rollouts):
+        """Rewards (B,) and log-probs under the reference model (B, T), None without a KL term."""
+        rewards = self.compute_rewards(rollouts)
+        return rewards, None if self.ref_model is None else self.compute_log_probs(self.ref_model, rollouts)
 
     def update(self, rollouts, rows, old_logps, ref_logps, advantages):
         """One optimizer step on some completions, in micro-batches. Returns the losses and the statistics of the ratio.
@@ -535,19 +550,23 @@ class GSPOTrainer:
         times = [time.perf_counter()]
         rollouts = self.generate_responses_with_group_sampling(prompts_of_step(self.train_rows, step), step)
         times.append(time.perf_counter())
-        # With two devices, reward and reference models get their work first and do it while the policy does its own.
-        rewards = self.compute_rewards(rollouts)
-        times.append(time.perf_counter())
-        ref_logps = None if self.ref_model is None else self.compute_log_probs(self.ref_model, rollouts)
-        old_logps = self.compute_log_probs(self.policy, rollouts)
-        ref_logps = None if ref_logps is None else ref_logps.to(self.policy_device)
+        if self.worker is None:
+            rewards, ref_logps = self.score(rollouts)
+            times.append(time.perf_counter())
+            old_logps = self.compute_log_probs(self.policy, rollouts)
+        else:  # the reward and reference models work on their device while the policy works on its own
+            scores = self.worker.submit(self.score, rollouts)
+            old_logps = self.compute_log_probs(self.policy, rollouts)
+            times.append(time.perf_counter())
+            rewards, ref_logps = scores.result()
         rewards = rewards.to(self.policy_device)
+        ref_logps = None if ref_logps is None else ref_logps.to(self.policy_device)
         advantages = compute_relative_advantages(rewards, GROUP_SIZE)
         times.append(time.perf_counter())
         updates = []
         for epoch in range(GSPO_EPOCHS):
             order = torch.randperm(len(rollouts.texts), generator=generator_of("mini-batches", step, epoch))
-            for rows in order.chunk(MINI_BATCHES):
+            for rows in order.tensor_split(MINI_BATCHES):
                 updates.append(self.update(rollouts, rows, old_logps, ref_logps, advantages))
         metrics = {"step": step, "learning_rate": learning_rate, "kl_coef": self.kl_coef}
         metrics |= step_metrics(rollouts, rewards, advantages, old_logps, updates)
@@ -584,7 +603,13 @@ class GSPOTrainer:
     def train(self):
         """Trains for MAX_STEPS steps. Returns metrics_history, which is also what metrics.jsonl holds."""
         self.warn_about_constants()
-        self.run = Run(OUTPUT_DIR, __file__, configs.constant_values(globals()))
+        devices = {
+            "POLICY_DEVICE": self.policy_device,
+            "REF_DEVICE": self.ref_device,
+            "REWARD_DEVICE": self.reward_device,
+        }
+        constants = configs.constant_values(globals()) | {name: str(device) for name, device in devices.items()}
+        self.run = Run(OUTPUT_DIR, __file__, constants)
         print(f"Run folder: {self.run.folder}")
         before, texts_before = self.evaluate()
         self.log({"step": 0} | before)
@@ -635,13 +660,13 @@ class GSPOTrainer:
             print(f"Warning: TOP_P = {TOP_P} below 1 samples from another distribution than the ratio assumes")
 
     def warn_about_clip(self):
-        """After some steps: says so if the clip is far wider than the ratio has ever strayed."""
-        steps = [metrics for metrics in self.metrics_history if "ratio_max" in metrics]
-        below, above = 1 - min(m["ratio_min"] for m in steps), max(m["ratio_max"] for m in steps) - 1
-        if GSPO_EPOCHS * MINI_BATCHES > 1 and below < CLIP_LOW / 3 and above < CLIP_HIGH / 3:
+        """After some steps: says so if the clip is so wide that it has never acted."""
+        steps = [metrics for metrics in self.metrics_history if "clip_fraction" in metrics]
+        if GSPO_EPOCHS * MINI_BATCHES > 1 and not any(metrics["clip_fraction"] for metrics in steps):
+            least, greatest = min(m["ratio_min"] for m in steps), max(m["ratio_max"] for m in steps)
             tqdm.write(
-                f"Warning: the ratio has stayed within 1 - {below:.1e} and 1 + {above:.1e}, and the clip, at "
-                f"1 - {CLIP_LOW:g} and 1 + {CLIP_HIGH:g}, never acts; lower CLIP_LOW and CLIP_HIGH"
+                f"Warning: in {len(steps)} steps the ratio stayed in [{least:.6f}, {greatest:.6f}] and the clip never "
+                f"acted; lower CLIP_LOW = {CLIP_LOW:g} and CLIP_HIGH = {CLIP_HIGH:g}"
             )
 
 

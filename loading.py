@@ -21,7 +21,7 @@ def load_prompts(source, name, prompt_column, answer_column):
     path = find_path(source, name)
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{name}: cannot read {path}: {error}; give a JSONL file in UTF-8") from None
     for number, line in enumerate(lines, 1):
@@ -40,6 +40,8 @@ def load_prompts(source, name, prompt_column, answer_column):
                 raise InputError(f"{where}: no field {column!r}, it has {has}; add it or set {constant}")
         if not isinstance(row[prompt_column], str) or not row[prompt_column].strip():
             raise InputError(f"{where}: {prompt_column!r} must be a text that is not empty")
+        if row[answer_column] is None:
+            raise InputError(f"{where}: {answer_column!r} is null; give an answer or remove the line")
         rows.append({**row, "prompt": row[prompt_column], "answer": str(row[answer_column])})
     if not rows:
         raise InputError(f"{name}: {path} holds no prompts; give a JSONL file with one object per line")
@@ -51,10 +53,10 @@ def encode_prompts(rows, tokenizer, longest, source):
     for number, row in enumerate(rows, 1):
         message = [{"role": "user", "content": row["prompt"]}]
         if tokenizer.chat_template:
-            row["text"] = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            row["prompt_text"] = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         else:
-            row["text"] = row["prompt"]
-        row["prompt_ids"] = tokenizer(row["text"], add_special_tokens=not tokenizer.chat_template)["input_ids"]
+            row["prompt_text"] = row["prompt"]
+        row["prompt_ids"] = tokenizer(row["prompt_text"], add_special_tokens=not tokenizer.chat_template)["input_ids"]
         if len(row["prompt_ids"]) > longest:
             raise InputError(
                 f"{source}, prompt {number}: {len(row['prompt_ids'])} tokens, more than the {longest} that the model's "
@@ -84,6 +86,8 @@ def load_tokenizer(name, constant):
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{constant} = {name!r}: the tokenizer cannot be loaded: {error}") from None
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"{constant} = {name!r}: the tokenizer has no pad and no end-of-sequence token; set one")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -164,7 +164,7 @@ def _line(axis, steps, values, colour, label, style="-"):
 
 def _save(figure, path):
     if path is not None:
-        beside = Path(path).with_suffix(".part.png")
+        beside = Path(path).with_stem(Path(path).stem + ".part")
         figure.savefig(beside, dpi=100)
         os.replace(beside, path)
     return figure

@@ -54,7 +54,7 @@ class Run:
 
     def _append(self, name, rows):
         with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def save_model(self, name, model, tokenizer):
         """Saves to folder/name in Hugging Face layout: written beside, then renamed, so that it is never half there."""

@@ -6,7 +6,7 @@ A prompt is `47+85=`. The completion is free text that ends in `#` and the answe
 styles, mixed so that the two common ones are the wrong ones, as the first guess of a large base model often is:
 
     style    share  right  what it writes
-    direct   0.54   0.25   `#22`: the answer at once, column by column, every carry forgotten
+    direct   0.54   0.29   `#22`: the answer at once, column by column, every carry forgotten
     slip     0.20   0.0    works the columns out, but slips: forgets carries or miscounts
     worked   0.14   1.0    `7+5=12,4+8+1=13#132`
     ramble   0.12   0.5    works it out, checks, and checks again; the last check gives the answer

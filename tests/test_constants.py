@@ -126,7 +126,8 @@ def test_a_script_run_from_the_command_line_fails_in_one_line(tmp_path):
         (["--preset", "huge"], ["--preset huge", "smoke"]),
         (["--rewards", "exact_macht"], ["exact_macht", "exact_match"]),
         (["--rewards", "exact_match much"], ["exact_match much", "weight"]),
-        (["--rewards", ""], ["REWARDS", "weight"]),
+        (["--rewards", ""], ["REWARDS = ''", "not empty"]),
+        (["--rewards", "exact_match 1,"], ["REWARDS", "weight"]),
         (["--eval-reward", "reward_model"], ["EVAL_REWARD", "reward_model", "exact_match"]),
         (["--policy-device", "cuda:7"], ["POLICY_DEVICE = 'cuda:7'", "no such device", "cpu"]),
         (["--reward-device", "gpu"], ["REWARD_DEVICE = 'gpu'", "no such device"]),
@@ -162,6 +163,7 @@ def test_a_default_device_asked_for_explicitly_must_exist(capsys, tmp_path):
         (b'{"prompt": "", "answer": "2"}\n', ["line 1", "'prompt'", "not empty"]),
         (b'{"prompt": 5, "answer": "2"}\n', ["line 1", "'prompt'", "text"]),
         (b'\xff\xfe{"prompt"', ["UTF-8"]),
+        (b'{"prompt": "1+1=", "answer": null}\n', ["line 1", "'answer' is null"]),
         (b'{"prompt": "' + b"1+" * 60 + b'1=", "answer": "61"}\n', ["prompt 1", "122 tokens", "context"]),
     ],
 )
@@ -190,6 +192,8 @@ def test_constants_edited_to_nonsense_are_named():
         ("LEARNING_RATE", None, "number"),
         ("ADVANTAGE_TYPE", 3, "text"),
         ("SEED", True, "whole number"),
+        ("ADAPTIVE_KL", "no", "True or False"),
+        ("POLICY_MODEL", None, "text"),
     ):
         before = getattr(gspo, name)
         setattr(gspo, name, value)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -187,11 +189,11 @@ def test_warnings_where_constants_cannot_work(small, capsys):
     small.GSPOTrainer().train()
     out = capsys.readouterr().out
     assert "one update per rollout" in out and "TOP_P = 0.9" in out
-    small.MINI_BATCHES, small.TOP_P, small.CLIP_LOW, small.CLIP_HIGH = 2, 1.0, 0.99, 99.0
+    small.MINI_BATCHES, small.TOP_P, small.CLIP_LOW, small.CLIP_HIGH, small.LEARNING_RATE = 2, 1.0, 0.9, 9.0, 1e-5
     small.GSPOTrainer().train()
     captured = capsys.readouterr()
     assert "one update per rollout" not in captured.out
-    assert "never acts" in captured.out + captured.err
+    assert "the clip never acted" in captured.out + captured.err
 
 
 # ---- Pictures
@@ -240,14 +242,13 @@ def test_plotting_what_cannot_be_read_fails_in_one_line(tmp_path, capsys, conten
     assert exit_.value.code == 2 and words in err and err.count("\n") == 1
 
 
-def test_reward_and_reference_get_their_work_before_the_policy_so_that_devices_overlap(small, monkeypatch):
-    order = []
+def test_on_another_device_rewards_and_reference_overlap_the_policys_own_pass(small, monkeypatch):
+    """Each side waits for the other to have begun, which one after the other could not end."""
     trainer = small.GSPOTrainer()
-    compute_rewards, compute_log_probs = trainer.compute_rewards, trainer.compute_log_probs
-    models = {trainer.policy: "policy", trainer.ref_model: "reference"}
-    monkeypatch.setattr(trainer, "compute_rewards", lambda r: (order.append("reward"), compute_rewards(r))[1])
-    monkeypatch.setattr(
-        trainer, "compute_log_probs", lambda m, r: (order.append(models[m]), compute_log_probs(m, r))[1]
-    )
-    trainer.train_step(1)
-    assert order == ["reward", "reference", "policy"]
+    assert trainer.worker is None  # one device: in turn
+    expected = trainer.train_step(1)
+    trainer = small.GSPOTrainer()
+    trainer.worker = ThreadPoolExecutor(1)
+    both, compute_log_probs = threading.Barrier(2, timeout=30), trainer.compute_log_probs
+    monkeypatch.setattr(trainer, "compute_log_probs", lambda *a: (both.wait(), compute_log_probs(*a))[1])
+    assert timeless([trainer.train_step(1)]) == timeless([expected])
