@@ -116,7 +116,8 @@ def compute_relative_advantages(rewards, group_size):
     if ADVANTAGE_TYPE == "normalized":
         advantages = advantages / (grouped.std(1, keepdim=True) + 1e-6)
     dead = grouped.amax(1, keepdim=True) == grouped.amin(1, keepdim=True)
-    return advantages.masked_fill(dead, 0.0).view(-1).to(rewards.dtype)
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
+    return advantages.masked_fill(dead, 0.0).view(-1).to(dtype)
 
 
 def compute_sequence_ratio(logps, old_logps, completion_mask):
@@ -164,9 +165,7 @@ def compute_policy_loss_token_level(logps, old_logps, advantages, completion_mas
         ratio = sequence_ratio[:, None] * (logps - logps.detach()).masked_fill(~completion_mask, 0.0).exp()  # (B, T)
     losses, clipped = clipped_loss(ratio, advantages)
     counted = completion_mask
-    if (
-        RATIO_LEVEL != "token" and advantages.shape[1] == 1
-    ):  # one ratio per sequence: each counts once in the statistics
+    if RATIO_LEVEL != "token" and advantages.shape[1] == 1:  # one ratio per sequence, so each counts once
         counted = completion_mask & (completion_mask.cumsum(1) == 1)
     return aggregate(losses, completion_mask), ratio_stats(ratio[counted], clipped[counted])
 
@@ -337,9 +336,8 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, purpose, gre
     lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
     width = int(lengths.max())
     pad_id = tokenizer.pad_token_id
-    prompt_ids = torch.tensor(
-        [[pad_id] * (width - len(r["prompt_ids"])) + r["prompt_ids"] for r in rows]
-    )  # left-padded
+    padded = [[pad_id] * (width - len(row["prompt_ids"])) + row["prompt_ids"] for row in rows]
+    prompt_ids = torch.tensor(padded)  # (prompts, P), padded on the left
     visible = torch.arange(width + steps) >= (width - lengths)[:, None]  # (prompts, P + T)
     uniform = torch.rand(batch, steps, dtype=torch.float64, generator=generator_of(*purpose)).to(device)
     prompt_ids, visible, next_position = prompt_ids.to(device), visible.to(device), lengths.to(device)

@@ -80,8 +80,7 @@ def plot_gspo_metrics(
             axis.plot(at, greedy, "s--", color=GREEN, label="held-out accuracy, greedy")
         if key == "kl_divergence" and target_kl is not None:
             axis.axhline(target_kl, color=BLACK, linestyle=":", label=f"target {target_kl:g}")
-        if key.startswith("kl") and min(values) > 0 and max(values) > 20 * median(values):
-            axis.set_yscale("log")  # one rare token can make a spike that would flatten the rest
+        _log_if_spiky(axis, key, values)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, framealpha=0.9)
     return _save(figure, path)
@@ -98,6 +97,8 @@ def compare_runs(folders, path=None):
             _line(axis, [row["step"] for row in steps], values, colour, Path(folder).name, style)
             if key == "reward":
                 axis.plot([e[0] for e in evaluations], [e[1] for e in evaluations], "o", color=colour)
+    for (key, _, _), axis in zip(PANELS, axes, strict=True):
+        _log_if_spiky(axis, key, [value for line in axis.lines for value in line.get_ydata()])
     axes[3].set_title("Reward (line) and held-out accuracy, sampled (dots)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(folders)))
     return _save(figure, path)
@@ -160,6 +161,12 @@ def _panels(title):
 
 def _line(axis, steps, values, colour, label, style="-"):
     axis.plot(steps, values, style, color=colour, linewidth=1.5, label=label, marker="." if len(steps) < 3 else None)
+
+
+def _log_if_spiky(axis, key, values):
+    """A log scale for a KL panel where one rare token makes a spike that would flatten the rest."""
+    if key.startswith("kl") and min(values) > 0 and max(values) > 20 * median(values):
+        axis.set_yscale("log")
 
 
 def _save(figure, path):

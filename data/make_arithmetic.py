@@ -1,6 +1,6 @@
 """The embedded task: written addition, with a policy that can do it but mostly does not.
 
-    python data/make_arithmetic.py            # about 15 minutes on two CPU cores
+    python data/make_arithmetic.py            # about 20 minutes on two CPU cores
 
 A prompt is `47+85=`. The completion is free text that ends in `#` and the answer. The policy is pre-trained on four
 styles, mixed so that the two common ones are the wrong ones, as the first guess of a large base model often is:

@@ -181,6 +181,10 @@ def test_advantages_equal_the_naive_loop():
         assert gspo.compute_relative_advantages(rewards, 4).tolist() == pytest.approx(expected)
 
 
+def test_whole_number_rewards_are_not_cut_to_whole_number_advantages():
+    assert gspo.compute_relative_advantages(torch.tensor([1, 0, 0, 1]), 4).tolist() == [0.5, -0.5, -0.5, 0.5]
+
+
 def test_kl_is_never_negative_and_unbiased_with_the_gradient_of_the_forward_kl():
     policy = torch.tensor([0.3, -0.2, 1.1, 0.0], dtype=torch.float64, requires_grad=True)
     log_p = policy.log_softmax(0)

@@ -1,6 +1,5 @@
 """Overrides, presets and rules; and what a person sees who gives something that cannot be used."""
 
-import json
 import re
 import subprocess
 import sys
@@ -237,15 +236,3 @@ def test_exact_match(completion, right):
     from rewards import exact_match
 
     assert exact_match("47+85=", completion, {"answer": "132"}) == right
-
-
-def test_shipped_prompts_are_right_and_disjoint():
-    rows = {
-        name: [json.loads(line) for line in (configs.HERE / f"data/arithmetic/{name}.jsonl").read_text().splitlines()]
-        for name in ("train", "test")
-    }
-    for row in rows["train"] + rows["test"]:
-        a, b = map(int, row["prompt"].rstrip("=").split("+"))
-        assert row["answer"] == str(a + b)
-    prompts = [row["prompt"] for name in rows for row in rows[name]]
-    assert len(set(prompts)) == len(prompts)

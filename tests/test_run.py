@@ -212,6 +212,14 @@ def test_the_picture_has_eight_titled_panels_with_axes_named():
         assert list(axis.lines[0].get_ydata()) == values
 
 
+def test_a_spike_of_the_kl_is_drawn_on_a_log_scale():
+    series = [[0.1] * 9 for _ in range(8)]
+    series[5] = [0.1] * 8 + [1e4]
+    assert [axis.get_yscale() for axis in plotting.plot_gspo_metrics(*series).axes] == ["linear"] * 5 + ["log"] + [
+        "linear"
+    ] * 2
+
+
 def test_runs_are_redrawn_and_compared_with_a_legend(small, capsys):
     folders = []
     for _ in range(2):
