@@ -90,6 +90,7 @@ def apply_overrides(namespace, argv=None):
     """
     constants = read_constants(namespace)
     parser = _Parser(
+        usage="%(prog)s [--flag value ...]",
         description=namespace["__doc__"].strip().splitlines()[0],
         epilog="Each flag is a constant at the top of the file: edit it there, or override it here.",
         allow_abbrev=False,
