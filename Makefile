@@ -1,13 +1,15 @@
-# make gspo   set up .venv and run the main job        make test    set up and run all checks and tests
-# make check  lint and format only                     make clean   remove .venv
+# make gspo   set up .venv and run the main job (or make grpo)
+# make test   set up and run all checks and tests          make check   lint and format only
+# make sync   copy the shared sections out of gspo.py      make diff A=gspo B=grpo
+# make clean  remove .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: gspo test check clean
+.PHONY: gspo grpo test check sync diff clean
 
-gspo: .venv/run-ready
-	$(BIN)/python gspo.py
+gspo grpo: .venv/run-ready
+	$(BIN)/python $@.py
 
 test: check
 	$(BIN)/python -m pytest
@@ -25,6 +27,14 @@ check: .venv/test-ready
 .venv/test-ready: requirements-dev.txt .venv/run-ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
+
+# The sections that siblings share are written in gspo.py; `make sync` copies them into the others.
+sync:
+	$(PYTHON) tests/siblings.py sync
+
+# make diff A=gspo B=grpo: what one algorithm changes of the other.
+diff:
+	@git diff --no-index --patience $(A).py $(B).py || true
 
 clean:
 	rm -rf .venv

@@ -209,6 +209,11 @@ def compute_kl(logps, ref_logps):
     return log_ratio.exp() - log_ratio - 1
 
 
+def compute_kl_loss(logps, old_logps, ref_logps, completion_mask):
+    """The KL term of the loss before its coefficient: k3, aggregated. Scalar; the gradient flows through logps."""
+    return aggregate(compute_kl(logps, ref_logps), completion_mask)
+
+
 def next_kl_coef(kl_coef, mean_kl):
     """The KL weight for the next step: x 1.5 above 2 TARGET_KL, x 0.5 below TARGET_KL / 2, held in [0.01, 1]."""
     if mean_kl > 2 * TARGET_KL:
@@ -522,7 +527,8 @@ class GSPOTrainer:
             if ENTROPY_COEF > 0:
                 losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask[part])
             if ref_logps is not None:
-                losses["kl_loss"] = self.kl_coef * aggregate(compute_kl(logps_part, ref_logps[chosen]), mask[part])
+                kl_loss = compute_kl_loss(logps_part, old_logps[chosen], ref_logps[chosen], mask[part])
+                losses["kl_loss"] = self.kl_coef * kl_loss
             (share * sum(losses.values())).backward()
             logps[part] = logps_part.detach()
             for name, loss in losses.items():

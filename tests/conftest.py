@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import configs
+import grpo
 import gspo
 
 torch.set_num_threads(2)
@@ -14,9 +15,10 @@ torch.set_num_threads(2)
 @pytest.fixture(autouse=True)
 def constants_restored():
     """A test may set a script's constants; the next one finds them as shipped."""
-    before = configs.constant_values(vars(gspo))
+    before = [(script, configs.constant_values(vars(script))) for script in (gspo, grpo)]
     yield
-    vars(gspo).update(before)
+    for script, values in before:
+        vars(script).update(values)
 
 
 @pytest.fixture
