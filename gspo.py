@@ -200,6 +200,11 @@ def loss_weight(completion_mask):
     return int(completion_mask.any(1).sum())
 
 
+def completions_in_loss(truncated):
+    """Which completions the loss is over: all, truncated ones too. truncated (B,) -> (B,), True and False."""
+    return torch.ones_like(truncated)
+
+
 def compute_kl(logps, ref_logps):
     """k3 = π_ref/π − log(π_ref/π) − 1 per token, (B, T): never negative, unbiased as a value for KL(π ‖ π_ref).
 
@@ -459,8 +464,9 @@ class GSPOTrainer:
 
     # -- The steps of the algorithm
 
-    def generate_responses_with_group_sampling(self, rows, step):
-        """GROUP_SIZE completions of each row's prompt from the policy as it is."""
+    def generate_responses_with_group_sampling(self, step):
+        """GROUP_SIZE completions of each of the step's prompts from the policy as it is."""
+        rows = prompts_of_step(self.train_rows, step)
         return sample_completions(self.policy, self.tokenizer, self.eos_ids, rows, GROUP_SIZE, ("rollout", step))
 
     @torch.no_grad()
@@ -503,6 +509,10 @@ class GSPOTrainer:
             logps[rows.to(model.device)], _ = completion_logps(model, rollouts, rows)
         return logps
 
+    def compute_old_logps(self, rollouts):
+        """log π_old, of the policy that sampled: (B, T). It is the policy as it stands, before the step's updates."""
+        return self.compute_log_probs(self.policy, rollouts)
+
     def score(self, rollouts):
         """Rewards (B,) and log-probs under the reference model (B, T), None without a KL term."""
         rewards = self.compute_rewards(rollouts)
@@ -538,7 +548,7 @@ class GSPOTrainer:
         rows = rows.to(self.policy_device)
         stats |= compute_policy_loss(logps, old_logps[rows], advantages[rows], mask)[1]
         if ref_logps is not None:
-            stats["kl_divergence"] = aggregate(compute_kl(logps, ref_logps[rows]), mask)
+            stats["kl_divergence"] = per_token(compute_kl(logps, ref_logps[rows]), mask)
         return stats | {"grad_norm": grad_norm}
 
     def update_kl_coef(self, mean_kl):
@@ -552,33 +562,44 @@ class GSPOTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         times = [time.perf_counter()]
-        rollouts = self.generate_responses_with_group_sampling(prompts_of_step(self.train_rows, step), step)
+        rollouts = self.generate_responses_with_group_sampling(step)
         times.append(time.perf_counter())
         if self.worker is None:
             rewards, ref_logps = self.score(rollouts)
             times.append(time.perf_counter())
-            old_logps = self.compute_log_probs(self.policy, rollouts)
+            old_logps = self.compute_old_logps(rollouts)
         else:  # the reward and reference models work on their device while the policy works on its own
             scores = self.worker.submit(self.score, rollouts)
-            old_logps = self.compute_log_probs(self.policy, rollouts)
+            old_logps = self.compute_old_logps(rollouts)
             times.append(time.perf_counter())
             rewards, ref_logps = scores.result()
         rewards = rewards.to(self.policy_device)
         ref_logps = None if ref_logps is None else ref_logps.to(self.policy_device)
         advantages = compute_relative_advantages(rewards, GROUP_SIZE)
         times.append(time.perf_counter())
-        updates = []
+        updates, in_loss = [], completions_in_loss(rollouts.truncated).nonzero().squeeze(1)
         for epoch in range(GSPO_EPOCHS):
-            order = torch.randperm(len(rollouts.texts), generator=generator_of("mini-batches", step, epoch))
+            order = in_loss[torch.randperm(len(in_loss), generator=generator_of("mini-batches", step, epoch))]
             for rows in order.tensor_split(MINI_BATCHES):
-                updates.append(self.update(rollouts, rows, old_logps, ref_logps, advantages))
+                if len(rows) > 0:
+                    updates.append(self.update(rollouts, rows, old_logps, ref_logps, advantages))
         metrics = {"step": step, "learning_rate": learning_rate, "kl_coef": self.kl_coef}
-        metrics |= step_metrics(rollouts, rewards, advantages, old_logps, updates)
+        metrics |= self.sampling_metrics(rollouts) | step_metrics(rollouts, rewards, advantages, old_logps, updates)
         times.append(time.perf_counter())
-        if self.ref_model is not None:
+        if metrics["kl_divergence"] is not None:
             self.update_kl_coef(metrics["kl_divergence"])
         self.samples = samples_of(step, rollouts, rewards.tolist(), advantages.tolist())
         return metrics | speed_metrics(times, metrics["completion_tokens"], self.policy_device)
+
+    def sampling_metrics(self, rollouts):
+        """The metrics of a step's sampling."""
+        tokens = int(rollouts.completion_lengths.sum())
+        return {
+            "sampled_completions": len(rollouts.texts),
+            "completion_tokens": tokens,
+            "avg_response_length": tokens / len(rollouts.texts),
+            "truncated": rollouts.truncated.double().mean().item(),
+        }
 
     # -- Around the steps
 
@@ -620,7 +641,11 @@ class GSPOTrainer:
         after, drawn = before, time.perf_counter()
         bar = tqdm(range(1, MAX_STEPS + 1), desc=self.run.algorithm, unit="step", dynamic_ncols=True)
         for step in bar:
-            metrics = self.train_step(step)
+            try:
+                metrics = self.train_step(step)
+            except InputError as error:
+                folder = self.run.save_model(f"checkpoints/step-{step - 1}", self.policy, self.tokenizer)
+                raise InputError(f"step {step}: {error}; the model as it was before this step is in {folder}") from None
             evaluating = step == MAX_STEPS or EVAL_EVERY > 0 and step % EVAL_EVERY == 0
             if evaluating:
                 after, texts_after = self.evaluate()
@@ -638,7 +663,7 @@ class GSPOTrainer:
                 self.warn_about_clip()
             bar.set_postfix_str(
                 f"reward {metrics['reward']:.2f}, accuracy {after['eval_accuracy']:.2f}, "
-                f"KL {metrics['kl_divergence'] or 0:.3f}, clipped {metrics['clip_fraction']:.0%}, "
+                f"KL {metrics['kl_divergence'] or 0:.3f}, clipped {metrics['clip_fraction'] or 0:.0%}, "
                 f"{metrics['tokens_per_second']:.0f} tokens/s"
             )
         self.print_summary(before, after, texts_before, texts_after)
@@ -665,8 +690,8 @@ class GSPOTrainer:
 
     def warn_about_clip(self):
         """After some steps: says so if the clip is so wide that it has never acted."""
-        steps = [metrics for metrics in self.metrics_history if "clip_fraction" in metrics]
-        if GSPO_EPOCHS * MINI_BATCHES > 1 and not any(metrics["clip_fraction"] for metrics in steps):
+        steps = [metrics for metrics in self.metrics_history if metrics.get("clip_fraction") is not None]
+        if steps and GSPO_EPOCHS * MINI_BATCHES > 1 and not any(metrics["clip_fraction"] for metrics in steps):
             least, greatest = min(m["ratio_min"] for m in steps), max(m["ratio_max"] for m in steps)
             tqdm.write(
                 f"Warning: in {len(steps)} steps the ratio stayed in [{least:.6f}, {greatest:.6f}] and the clip never "
@@ -674,11 +699,20 @@ class GSPOTrainer:
             )
 
 
+def per_token(values, completion_mask):
+    """The mean of (B, T) over tokens, weighed as the loss weighs them, whatever its denominator: what is logged."""
+    return aggregate(values, completion_mask) / aggregate(torch.ones_like(values), completion_mask)
+
+
 def step_metrics(rollouts, rewards, advantages, old_logps, updates):
-    """The metrics of a step; those of its updates by their mean, or by the least and greatest of a *_min and *_max."""
-    mask, tokens = rollouts.completion_mask.to(old_logps.device), int(rollouts.completion_lengths.sum())
-    merged = {"policy_loss": 0.0, "entropy_loss": 0.0, "kl_loss": 0.0, "kl_divergence": None}
-    for name in updates[0]:
+    """The metrics of a step; those of its updates by their mean, or by the least and greatest of a *_min and *_max.
+
+    Without any update, where no completion was in the loss, there is no ratio and no gradient: None.
+    """
+    mask = rollouts.completion_mask.to(old_logps.device)
+    merged = {"policy_loss": 0.0, "entropy_loss": 0.0, "kl_loss": 0.0}
+    merged |= dict.fromkeys(("kl_divergence", "clip_fraction", "ratio_mean", "ratio_min", "ratio_max", "grad_norm"))
+    for name in updates[0] if updates else ():
         values = torch.stack([update[name] for update in updates]).double()
         reduce = values.min if name.endswith("_min") else values.max if name.endswith("_max") else values.mean
         merged[name] = reduce().item()
@@ -687,11 +721,8 @@ def step_metrics(rollouts, rewards, advantages, old_logps, updates):
         "reward_std": rewards.std().item(),
         "relative_advantage": advantages.abs().mean().item(),
         "dead_groups": (advantages.view(-1, GROUP_SIZE) == 0).all(1).double().mean().item(),
-        "entropy": aggregate(-old_logps, mask).item(),
+        "entropy": per_token(-old_logps, mask).item(),
         "sampler_gap": (rollouts.sampled_logps.to(mask.device) - old_logps)[mask].abs().mean().item(),
-        "avg_response_length": tokens / len(rollouts.texts),
-        "truncated": rollouts.truncated.double().mean().item(),
-        "completion_tokens": tokens,
     }
 
 

@@ -57,13 +57,18 @@ class Run:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def save_model(self, name, model, tokenizer):
-        """Saves to folder/name in Hugging Face layout: written beside, then renamed, so that it is never half there."""
+        """Saves to folder/name in Hugging Face layout, unless it is there; returns the path.
+
+        Written beside, then renamed, so that it is never half there.
+        """
         target = self.folder / name
         beside = target.with_name(target.name + ".part")
-        beside.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        os.replace(beside, target)
+        if not target.exists():
+            beside.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            os.replace(beside, target)
+        return target
 
 
 def describe_machine(repository):

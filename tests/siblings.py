@@ -1,16 +1,33 @@
 """What sibling scripts share, held identical: `make sync` copies it out of gspo.py, tests/test_siblings.py checks it.
 
 The docstring, Constants and Algorithm are each script's own. The imports and all other sections are gspo.py's, but for
-the algorithm's name.
+the algorithm's name, and but for the functions in EXEMPTIONS, each with the reason why the algorithm needs its own.
 """
 
+import ast
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SIBLINGS = ("grpo",)
+SIBLINGS = ("grpo", "dapo")
 OWN = ("docstring", "Constants", "Algorithm")
+
+# {script: {function, class or method: why it is not gspo.py's}}. The name of a class stands for its opening lines, up
+# to its first method. A function that gspo.py does not have stays behind the one that it follows.
+EXEMPTIONS = {
+    "grpo": {},
+    "dapo": {
+        "Rollouts": "completions carry their task reward, and whether an earlier policy sampled them",
+        "Rollouts.group": "dynamic sampling keeps and drops groups one by one",
+        "join": "a batch is put together from groups of several rounds of sampling",
+        "DAPOTrainer": "dynamic sampling has a state: surplus groups, and how many rounds there were",
+        "DAPOTrainer.generate_responses_with_group_sampling": "dynamic sampling: drops dead groups and refills",
+        "DAPOTrainer.compute_old_logps": "of a surplus group, π_old is the policy of the step that sampled it",
+        "DAPOTrainer.score": "task rewards are known from sampling; the overlong penalty comes on top",
+        "DAPOTrainer.sampling_metrics": "what dynamic sampling drew, dropped and kept",
+    },
+}
 
 
 def sections(text):
@@ -24,11 +41,48 @@ def sections(text):
     return parts
 
 
-def shared_for(name):
-    """The sections that script `name` has to share, as gspo.py has them, under its own name."""
+def blocks(section):
+    """A section in order: {"": its first lines, "function": ..., "Class": ..., "Class.method": ...}, with all lines."""
+    starts = {"": 1}
+    for node in ast.parse(section).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            starts[node.name] = first_line(node)
+        if isinstance(node, ast.ClassDef):
+            methods = (child for child in node.body if isinstance(child, ast.FunctionDef))
+            starts |= {f"{node.name}.{method.name}": first_line(method) for method in methods}
+    lines = section.splitlines(keepends=True)
+    ends = [*list(starts.values())[1:], len(lines) + 1]
+    return {name: "".join(lines[a - 1 : b - 1]) for (name, a), b in zip(starts.items(), ends, strict=True)}
+
+
+def first_line(node):
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+
+
+def renamed(name):
+    """gspo.py's sections under another script's name."""
     parts = sections((ROOT / "gspo.py").read_text(encoding="utf-8"))
-    renamed = {title: text.replace("gspo", name).replace("GSPO", name.upper()) for title, text in parts.items()}
-    return {title: text for title, text in renamed.items() if title not in OWN}
+    return {title: text.replace("gspo", name).replace("GSPO", name.upper()) for title, text in parts.items()}
+
+
+def synced(name, text):
+    """Script `name` with its own parts as they are in text, and all others as gspo.py has them."""
+    own, result = sections(text), []
+    for title, section in renamed(name).items():
+        if title in OWN or title == "imports":
+            result.append(own[title] if title in OWN else section)
+            continue
+        here, shared, exempt = blocks(own[title]), blocks(section), EXEMPTIONS[name]
+        merged = {block: here[block] if block in exempt else lines for block, lines in shared.items()}
+        before = ""
+        for block in here:  # functions that gspo.py does not have
+            if block not in shared and block in exempt:
+                order = list(merged)
+                place = order.index(before) + 1
+                merged = {key: merged.get(key, here[block]) for key in [*order[:place], block, *order[place:]]}
+            before = block if block in merged else before
+        result.extend(merged.values())
+    return "".join(result)
 
 
 def main():
@@ -37,9 +91,9 @@ def main():
     for name in SIBLINGS:
         path = ROOT / f"{name}.py"
         text = path.read_text(encoding="utf-8")
-        synced = "".join((sections(text) | shared_for(name)).values())
-        print(f"{path.name}: {'unchanged' if synced == text else 'synced from gspo.py'}")
-        path.write_text(synced, encoding="utf-8")
+        new = synced(name, text)
+        print(f"{path.name}: {'unchanged' if new == text else 'synced from gspo.py'}")
+        path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

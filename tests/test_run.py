@@ -90,7 +90,7 @@ def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small):
 def trainer_with_rollouts(small):
     """A trainer off its starting point, and what one update needs."""
     trainer = small.GSPOTrainer()
-    rollouts = trainer.generate_responses_with_group_sampling(gspo.prompts_of_step(trainer.train_rows, 1), 1)
+    rollouts = trainer.generate_responses_with_group_sampling(1)
     old_logps = trainer.compute_log_probs(trainer.policy, rollouts)
     ref_logps = trainer.compute_log_probs(trainer.ref_model, rollouts) - 0.1
     advantages = torch.randn(len(rollouts.texts), generator=torch.Generator().manual_seed(0))
@@ -161,7 +161,7 @@ def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none
 def test_rewards_are_the_weighted_sum_and_the_reward_model_sees_prompt_and_completion(small):
     small.REWARDS = "reward_model 2, exact_match 0.5"
     trainer = small.GSPOTrainer()
-    rollouts = trainer.generate_responses_with_group_sampling(gspo.prompts_of_step(trainer.train_rows, 1), 1)
+    rollouts = trainer.generate_responses_with_group_sampling(1)
     for i, reward in enumerate(trainer.compute_rewards(rollouts).tolist()):
         row, text = rollouts.prompts[i], rollouts.texts[i]
         alone = trainer.reward_tokenizer([row["prompt"] + text], return_tensors="pt")

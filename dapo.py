@@ -1,0 +1,819 @@
+"""DAPO: Decoupled Clip and Dynamic sAmpling Policy Optimization (Yu et al. 2025, arXiv 2503.14476).
+
+For a prompt x, sample a group of G completions y_1 .. y_G from the policy as it is (π_old), score each one by a rule,
+right or wrong, and improve the policy π by several updates on the objective
+
+    J = E[ 1/(Σ_i |y_i|) Σ_i Σ_t min( r_it A_i, clip(r_it, 1 − CLIP_LOW, 1 + CLIP_HIGH) A_i ) ]                 (eq. 8)
+        over groups with 0 < number of right completions < G
+
+    r_it = π(y_it|x, y_i<t) / π_old(y_it|x, y_i<t)
+
+    A_i = (r_i − mean(r_1 .. r_G)) / std(r_1 .. r_G)                                                            (eq. 9)
+
+    loss = −J
+
+Against grpo.py, four changes, each with a constant that turns it off:
+  Clip-Higher        the upper bound is wider, so that unlikely tokens can become likely      (CLIP_HIGH = CLIP_LOW)
+  Dynamic Sampling   groups whose rewards are all equal are replaced; surplus groups are kept  (DYNAMIC_SAMPLING)
+  Token-Level Loss   one mean over all tokens of the batch: a long completion counts for more  (LOSS_AGGREGATION)
+  Overlong Shaping   nearing the length limit costs reward (OVERLONG_CACHE, eq. 13), and completions that the limit
+                     cut are left out of the loss (OVERLONG_FILTER)
+and no KL term, so no reference model; KL_COEF brings both back.
+
+One training step:
+  1. sample GROUP_SIZE completions of each of BATCH_SIZE prompts from the policy, and score them
+  2. drop the dead groups, and go on with new prompts until BATCH_SIZE groups are there; surplus opens the next batch
+  3. compute log-probs under the policy, π_old, and turn rewards into advantages within each group
+  4. DAPO_EPOCHS times: split the completions at random into MINI_BATCHES, and take one optimizer step on each
+  5. log, and now and then evaluate on held-out prompts
+
+Run:   python dapo.py                     the embedded task, on any machine
+       python dapo.py --help              every constant below is a flag
+       python plotting.py outputs/<run>   redraw the figure
+"""
+
+import hashlib
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import configs
+import plotting
+from configs import InputError
+from loading import check_head, encode_prompts, end_of_sequence_ids, load_model, load_prompts, load_tokenizer
+from rewards import find_reward, parse_rewards
+from runs import Run
+
+# ---- Constants -------------------------------------------------------------------------------------------------------
+
+# Models and data
+POLICY_MODEL = "data/models/arithmetic-policy"  # folder or Hub id of the model to train
+REWARD_MODEL = "data/models/arithmetic-reward"  # folder or Hub id of a sequence classifier with one logit
+PROMPTS = "data/arithmetic/train.jsonl"  # training prompts, one JSON object per line
+EVAL_PROMPTS = "data/arithmetic/test.jsonl"  # held-out prompts
+PROMPT_COLUMN = "prompt"  # field that holds the prompt
+ANSWER_COLUMN = "answer"  # field that holds the answer, for rule rewards and evaluation
+REWARDS = "exact_match"  # what is maximised: names from rewards.py with weights; paper: right or wrong by a rule
+EVAL_REWARD = "exact_match"  # rule of rewards.py that says whether a held-out completion is right (1) or not (0)
+PRESET = ""  # name of a set of constants in configs.py, such as "smoke"
+
+# Devices: with one GPU all three fall back to it, with none to the CPU
+POLICY_DEVICE = "cuda:0"  # policy and optimizer
+REF_DEVICE = "cuda:1"  # reference model
+REWARD_DEVICE = "cuda:1"  # reward model
+
+# Sampling
+GROUP_SIZE = 8  # completions per prompt, G
+BATCH_SIZE = 16  # prompts per training step
+MAX_COMPLETION_TOKENS = 64  # tokens; a completion without an end by then is truncated
+TEMPERATURE = 1.0  # divides the logits, in sampling and in all log-probs alike
+TOP_P = 1.0  # nucleus sampling; below 1 the ratio is biased, for the log-probs are those of the full distribution
+
+# Dynamic sampling
+DYNAMIC_SAMPLING = True  # replace groups whose task rewards are all equal
+MAX_RESAMPLES = 20  # rounds of refilling per step, of BATCH_SIZE prompts each; at more the run stops
+
+# Overlong completions
+OVERLONG_CACHE = (
+    16  # tokens; the reward falls by up to 1 over the last this many before the limit; 0 is off; paper: 4096
+)
+OVERLONG_FILTER = True  # leave truncated completions out of the loss
+
+# Loss
+DAPO_EPOCHS = 1  # passes over the rollouts of a step
+MINI_BATCHES = 4  # optimizer steps per pass; paper: 16
+CLIP_LOW = 0.2  # the token's ratio is clipped at 1 - this
+CLIP_HIGH = 0.28  # the token's ratio is clipped at 1 + this
+LOSS_AGGREGATION = "token_mean"  # "token_mean" (paper) or "sequence_mean" (GRPO)
+ADVANTAGE_TYPE = "normalized"  # "relative" (minus the group mean) or "normalized" (and over the std; paper)
+ENTROPY_COEF = 0.0  # weight of the entropy bonus; 0 computes none
+KL_COEF = 0.0  # weight of the KL to the reference model; 0 loads none; paper: 0
+TARGET_KL = 0.6  # nats per token that ADAPTIVE_KL aims at
+ADAPTIVE_KL = False  # raise the KL weight above twice the target, lower it below half of it
+
+# Optimizer
+LEARNING_RATE = 1e-3  # peak; AdamW; fits the embedded models, large ones want about 1e-6
+LR_SCHEDULE = "linear"  # after the warm-up: "constant", or "linear" or "cosine" towards zero
+WARMUP_STEPS = 5  # steps of linear warm-up
+WEIGHT_DECAY = 0.0  # AdamW's
+MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
+MICRO_BATCH_TOKENS = 1024  # tokens per forward pass, padding included; more is faster on a GPU, less saves memory
+
+# Run
+MAX_STEPS = 80  # training steps
+EVAL_EVERY = 20  # steps between evaluations; 0 evaluates only before the first step and at the end
+EVAL_SIZE = 256  # held-out prompts per evaluation
+EVAL_SAMPLES = 4  # completions per held-out prompt for eval_accuracy
+SAVE_EVERY = 0  # steps between checkpoints; 0 saves only final/
+SAMPLE_GROUPS = 2  # groups per step written to samples.jsonl
+SEED = 0  # of everything random
+OUTPUT_DIR = "outputs"  # a run is OUTPUT_DIR/dapo-<time>/
+
+# ---- Algorithm -------------------------------------------------------------------------------------------------------
+# Pure functions of tensors, in whatever floating dtype they are given. B completions (= prompts x G, the groups
+# contiguous), T completion tokens. logps (B, T): log-probs of the sampled tokens, nats, at the sampling temperature.
+
+
+def is_dead(rewards, group_size):
+    """Which groups have no signal, all their rewards being equal: rewards (B,), groups contiguous -> (prompts,)."""
+    grouped = rewards.view(-1, group_size)
+    return grouped.amax(1) == grouped.amin(1)
+
+
+def overlong_penalty(completion_lengths):
+    """Soft overlong punishment, eq. 13, which is added to the reward: tokens (B,) -> (B,), in [−1, 0].
+
+    0 up to MAX_COMPLETION_TOKENS − OVERLONG_CACHE tokens, then falling linearly to −1 at MAX_COMPLETION_TOKENS.
+    """
+    if OVERLONG_CACHE == 0:
+        return torch.zeros(completion_lengths.shape)
+    over = completion_lengths - (MAX_COMPLETION_TOKENS - OVERLONG_CACHE)
+    return -(over / OVERLONG_CACHE).clamp(0, 1)
+
+
+def completions_in_loss(truncated):
+    """Which completions the loss is over: not the truncated ones with OVERLONG_FILTER. (B,) -> (B,), True and False."""
+    return ~truncated if OVERLONG_FILTER else torch.ones_like(truncated)
+
+
+def compute_relative_advantages(rewards, group_size):
+    """Advantages within groups, eq. 9: A_i = r_i − mean(r), over std(r) + 1e-6 if ADVANTAGE_TYPE is "normalized".
+
+    rewards (B,), groups contiguous -> (B,), no gradient. The std is the sample's (n − 1). A dead group has no signal:
+    its advantages are exactly 0, even where floats cannot represent the mean.
+    """
+    grouped = rewards.detach().double().view(-1, group_size)  # (prompts, G)
+    advantages = grouped - grouped.mean(1, keepdim=True)
+    if ADVANTAGE_TYPE == "normalized":
+        advantages = advantages / (grouped.std(1, keepdim=True) + 1e-6)
+    dead = is_dead(rewards, group_size)[:, None]
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
+    return advantages.masked_fill(dead, 0.0).view(-1).to(dtype)
+
+
+def compute_policy_loss(logps, old_logps, advantages, completion_mask):
+    """DAPO, eq. 8: −min(r_it A_i, clip(r_it) A_i) of each token, aggregated: (scalar, stats). No KL, no entropy term.
+
+    advantages (B,) or (B, T). The gradient flows through logps alone.
+    """
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]  # (B, 1)
+    ratio = (logps - old_logps).masked_fill(~completion_mask, 0.0).exp()  # (B, T)
+    losses = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
+    above = (advantages > 0) & (ratio > 1 + CLIP_HIGH)
+    below = (advantages < 0) & (ratio < 1 - CLIP_LOW)
+    stats = ratio_stats(ratio[completion_mask], below[completion_mask], above[completion_mask])
+    return aggregate(losses, completion_mask), stats
+
+
+def ratio_stats(ratio, clipped_low, clipped_high):
+    """What is logged of the ratio, one value per token, and the share that is clipped on either side. No gradient."""
+    ratio = ratio.detach()
+    return {
+        "clip_fraction": (clipped_low | clipped_high).to(ratio.dtype).mean(),
+        "clip_fraction_low": clipped_low.to(ratio.dtype).mean(),
+        "clip_fraction_high": clipped_high.to(ratio.dtype).mean(),
+        "ratio_mean": ratio.mean(),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+    }
+
+
+def aggregate(values, completion_mask):
+    """(B, T) -> scalar by LOSS_AGGREGATION, where n_i is the length of sequence i of B.
+
+    "token_mean": Σ_i Σ_t / Σ_i n_i; "sequence_mean": 1/B Σ_i 1/n_i Σ_t.
+    """
+    values = values.masked_fill(~completion_mask, 0.0)
+    if LOSS_AGGREGATION == "token_mean":
+        return values.sum() / completion_mask.sum()
+    return (values.sum(1) / completion_mask.sum(1).clamp(min=1)).sum() / completion_mask.any(1).sum()
+
+
+def loss_weight(completion_mask):
+    """How much a batch counts in a larger one it is part of: the number of what the loss is a mean over."""
+    return int(completion_mask.sum() if LOSS_AGGREGATION == "token_mean" else completion_mask.any(1).sum())
+
+
+def compute_kl(logps, ref_logps):
+    """k3 = π_ref/π − log(π_ref/π) − 1 per token, (B, T): never negative, unbiased as a value for KL(π ‖ π_ref).
+
+    As a loss, its gradient is that of the forward KL(π_ref ‖ π). Source: Schulman 2020, "Approximating KL Divergence".
+    """
+    log_ratio = ref_logps - logps
+    return log_ratio.exp() - log_ratio - 1
+
+
+def compute_kl_loss(logps, old_logps, ref_logps, completion_mask):
+    """The KL term of the loss before its coefficient: k3, aggregated as the policy loss is. Scalar."""
+    return aggregate(compute_kl(logps, ref_logps), completion_mask)
+
+
+def next_kl_coef(kl_coef, mean_kl):
+    """The KL weight for the next step: x 1.5 above 2 TARGET_KL, x 0.5 below TARGET_KL / 2, held in [0.01, 1]."""
+    if mean_kl > 2 * TARGET_KL:
+        kl_coef = kl_coef * 1.5
+    elif mean_kl < TARGET_KL / 2:
+        kl_coef = kl_coef * 0.5
+    return min(max(kl_coef, 0.01), 1.0)
+
+
+# ---- Data and rewards ------------------------------------------------------------------------------------------------
+
+
+def prompts_of_step(rows, step):
+    """BATCH_SIZE rows for a step (from 1): each pass over the data in its own order, a function of SEED and pass."""
+    first = (step - 1) * BATCH_SIZE
+    chosen = []
+    for position in range(first, first + BATCH_SIZE):
+        epoch, index = divmod(position, len(rows))
+        if not chosen or index == 0:
+            order = torch.randperm(len(rows), generator=generator_of("data order", epoch))
+        chosen.append(rows[order[index]])
+    return chosen
+
+
+def generator_of(*purpose):
+    """A random generator on the CPU that depends on SEED and purpose alone, so that nothing random needs saving."""
+    digest = hashlib.sha256(repr((SEED, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+# ---- Models and log-probs --------------------------------------------------------------------------------------------
+
+
+def autocast(device):
+    """bfloat16 for matrix products on a GPU, float32 weights kept; nothing on the CPU."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def micro_batches(lengths, token_budget):
+    """Splits rows into batches of at most token_budget tokens, padding included; longest first, so padding is small.
+
+    lengths (B,) on the CPU -> row indices per batch. A row longer than the budget goes alone.
+    """
+    order, first = lengths.argsort(descending=True, stable=True), 0
+    while first < len(order):
+        size = max(1, token_budget // int(lengths[order[first]]))
+        yield order[first : first + size]
+        first += size
+
+
+def completion_logps(model, rollouts, rows, with_entropy=False):
+    """log π of the sampled tokens of some rows: logps (rows, T) in nats on the model's device, 0 where masked.
+
+    Second: the entropy of the full distribution at each of them, (rows, T), or None. The head is applied to completion
+    positions alone. Rows are padded on the right, where a causal model cannot see it, so that no mask is needed.
+    """
+    device = model.device
+    prompt_lengths, completion_mask = rollouts.prompt_lengths[rows], rollouts.completion_mask[rows]
+    row, t = completion_mask.nonzero(as_tuple=True)  # (tokens,) each
+    position = prompt_lengths[row] + t
+    input_ids = rollouts.input_ids[rows, : int(position.max()) + 1]  # (rows, P + T)
+    targets = input_ids[row, position].to(device)
+    row, t, position, input_ids = (x.to(device) for x in (row, t, position, input_ids))
+    with autocast(device):
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, P + T, H)
+        logits = model.get_output_embeddings()(hidden[row, position - 1])  # (tokens, V)
+    log_probs = (logits.float() / TEMPERATURE).log_softmax(-1)
+    blank = torch.zeros(completion_mask.shape, device=device)
+    logps = blank.index_put((row, t), log_probs.gather(1, targets[:, None]).squeeze(1))
+    entropy = None
+    if with_entropy:
+        entropy = blank.index_put((row, t), -(log_probs.exp() * log_probs).sum(-1))
+    return logps, entropy
+
+
+# ---- Rollouts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollouts:
+    """Sampled completions, groups contiguous, on the CPU. The ids that were sampled are the ids that are trained on."""
+
+    prompts: list  # B rows of the data
+    texts: list  # B completions as text
+    input_ids: torch.Tensor  # (B, P + T) prompt, completion, padding
+    prompt_lengths: torch.Tensor  # (B,)
+    completion_lengths: torch.Tensor  # (B,) end of sequence included
+    completion_mask: torch.Tensor  # (B, T) True up to and including the end of sequence
+    sampled_logps: torch.Tensor  # (B, T) as the sampler saw them
+    truncated: torch.Tensor  # (B,) True where MAX_COMPLETION_TOKENS came before the end of sequence
+    rewards: torch.Tensor = None  # (B,) task rewards
+    carried: torch.Tensor = None  # (B,) True where the step before sampled it
+
+    @property
+    def lengths(self):
+        return self.prompt_lengths + self.completion_lengths
+
+    def group(self, number):
+        """One group of it, (GROUP_SIZE, ...)."""
+        rows = slice(number * GROUP_SIZE, (number + 1) * GROUP_SIZE)
+        return Rollouts(**{name: values[rows] for name, values in vars(self).items()})
+
+
+def join(groups):
+    """Groups as one batch, padded to the longest."""
+    joined = {}
+    for name in vars(groups[0]):
+        rows = [row for group in groups for row in getattr(group, name)]
+        if isinstance(rows[0], torch.Tensor):
+            rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows[0].dim() else torch.stack(rows)
+        joined[name] = rows
+    return Rollouts(**joined)
+
+
+def sample_tokens(logits, uniform):
+    """One token per row by inverting the cumulative distribution at uniform (rows,), or the best token if it is None.
+
+    Returns tokens and their log-probs under the full distribution, both (rows,).
+    """
+    log_probs = (logits.float() / TEMPERATURE).log_softmax(-1)  # (rows, V)
+    if uniform is None:
+        tokens = log_probs.argmax(-1)
+    else:
+        probs = log_probs.exp()
+        if TOP_P < 1:
+            ranked, order = probs.sort(-1, descending=True)
+            outside = ranked.cumsum(-1) - ranked >= TOP_P  # the most likely token always stays
+            probs = probs.scatter(-1, order, ranked.masked_fill(outside, 0.0))
+        cumulative = probs.double().cumsum(-1)
+        point = uniform[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def sample_completions(model, tokenizer, eos_ids, rows, group_size, purpose, greedy=False):
+    """group_size completions of each row's prompt, all together: Rollouts.
+
+    Each prompt goes through the model once, and its key/value cache is repeated for the group. Finished rows leave the
+    batch. Randomness depends on SEED, purpose and the row's place alone.
+    """
+    device, steps, batch = model.device, MAX_COMPLETION_TOKENS, len(rows) * group_size
+    lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
+    width = int(lengths.max())
+    pad_id = tokenizer.pad_token_id
+    padded = [[pad_id] * (width - len(row["prompt_ids"])) + row["prompt_ids"] for row in rows]
+    prompt_ids = torch.tensor(padded)  # (prompts, P), padded on the left
+    visible = torch.arange(width + steps) >= (width - lengths)[:, None]  # (prompts, P + T)
+    uniform = torch.rand(batch, steps, dtype=torch.float64, generator=generator_of(*purpose)).to(device)
+    prompt_ids, visible, next_position = prompt_ids.to(device), visible.to(device), lengths.to(device)
+    eos_ids = torch.tensor(eos_ids, device=device)
+
+    completion_ids = torch.full((batch, steps), pad_id, device=device)
+    logps = torch.zeros(batch, steps, device=device)
+    completion_lengths = torch.zeros(batch, dtype=torch.long, device=device)
+    with autocast(device):
+        cache = transformers.DynamicCache(config=model.config)
+        hidden = model.base_model(
+            input_ids=prompt_ids,
+            attention_mask=visible[:, :width],
+            position_ids=(visible[:, :width].cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]  # (prompts, H)
+        hidden = hidden.repeat_interleave(group_size, 0)
+        cache.batch_repeat_interleave(group_size)
+        visible, next_position = (x.repeat_interleave(group_size, 0) for x in (visible, next_position))
+        place = torch.arange(batch, device=device)  # where each row of the shrinking batch belongs
+        running = torch.ones(batch, dtype=torch.bool, device=device)
+        for t in range(steps):
+            logits = model.get_output_embeddings()(hidden)  # (rows, V)
+            tokens, logps[place, t] = sample_tokens(logits, None if greedy else uniform[place, t])
+            completion_ids[place, t] = tokens
+            completion_lengths[place] += running
+            running &= ~torch.isin(tokens, eos_ids)
+            left = int(running.sum())
+            if left == 0 or t == steps - 1:
+                break
+            if left <= 0.75 * len(running):  # not at every end: copying the cache costs more than a few idle rows
+                keep = running.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                place, tokens, running, visible, next_position = (
+                    x[keep] for x in (place, tokens, running, visible, next_position)
+                )
+            hidden = model.base_model(
+                input_ids=tokens[:, None],
+                attention_mask=visible[:, : width + t + 1],
+                position_ids=next_position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]  # (rows, H)
+            next_position = next_position + 1
+
+    truncated = torch.zeros(batch, dtype=torch.bool, device=device)
+    truncated[place] = running
+    return assemble(
+        tokenizer, rows, group_size, completion_ids.cpu(), completion_lengths.cpu(), logps.cpu(), truncated.cpu()
+    )
+
+
+def assemble(tokenizer, rows, group_size, completion_ids, completion_lengths, logps, truncated):
+    """Rollouts from what was sampled: masks from lengths, prompts and completions side by side without a gap."""
+    prompts = [row for row in rows for _ in range(group_size)]
+    longest = int(completion_lengths.max())
+    completion_mask = torch.arange(longest) < completion_lengths[:, None]  # (B, T)
+    completions = [ids[:n].tolist() for ids, n in zip(completion_ids, completion_lengths, strict=True)]
+    sequences = [torch.tensor(row["prompt_ids"] + ids) for row, ids in zip(prompts, completions, strict=True)]
+    return Rollouts(
+        prompts=prompts,
+        texts=tokenizer.batch_decode(completions, skip_special_tokens=True),
+        input_ids=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
+        prompt_lengths=torch.tensor([len(row["prompt_ids"]) for row in prompts]),
+        completion_lengths=completion_lengths,
+        completion_mask=completion_mask,
+        sampled_logps=logps[:, :longest].masked_fill(~completion_mask, 0.0),
+        truncated=truncated,
+    )
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+class DAPOTrainer:
+    """Loads models and data by the constants; train() does the rest. Raises InputError on what cannot be used."""
+
+    rounds = 0  # of sampling, BATCH_SIZE prompts each, since training began: the place in the data
+    surplus = ()  # usable groups beyond what the last step's batch needed
+    drawn = ()  # the rollouts of the last step's rounds, dropped groups and all
+
+    def __init__(self):
+        configs.validate(globals())
+        self.policy_device, self.ref_device, self.reward_device = configs.choose_devices(
+            POLICY_DEVICE, REF_DEVICE, REWARD_DEVICE
+        )
+        self.reward_weights = parse_rewards(REWARDS)
+        self.eval_reward = find_reward(EVAL_REWARD, "EVAL_REWARD")
+        self.train_rows = load_prompts(PROMPTS, "PROMPTS", PROMPT_COLUMN, ANSWER_COLUMN)
+        self.eval_rows = load_prompts(EVAL_PROMPTS, "EVAL_PROMPTS", PROMPT_COLUMN, ANSWER_COLUMN)[:EVAL_SIZE]
+
+        causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
+        self.tokenizer = load_tokenizer(POLICY_MODEL, "POLICY_MODEL")
+        self.policy = load_model(causal, POLICY_MODEL, "POLICY_MODEL", self.policy_device)
+        self.ref_model = self.reward_model = None
+        if KL_COEF > 0 or ADAPTIVE_KL:
+            self.ref_model = load_model(causal, POLICY_MODEL, "POLICY_MODEL", self.ref_device).requires_grad_(False)
+        if "reward_model" in self.reward_weights:
+            self.reward_tokenizer = load_tokenizer(REWARD_MODEL, "REWARD_MODEL")
+            self.reward_model = load_model(classifier, REWARD_MODEL, "REWARD_MODEL", self.reward_device)
+            self.reward_model.requires_grad_(False)
+            self.reward_model.config.get_text_config().pad_token_id = self.reward_tokenizer.pad_token_id
+            if (logits := self.reward_model.config.num_labels) != 1:
+                raise InputError(f"REWARD_MODEL = {REWARD_MODEL!r} has {logits} logits; give a model with 1")
+        check_head(self.policy, "POLICY_MODEL")
+        self.eos_ids = end_of_sequence_ids(self.policy, self.tokenizer, "POLICY_MODEL")
+        longest = self.policy.config.max_position_embeddings - MAX_COMPLETION_TOKENS
+        encode_prompts(self.train_rows, self.tokenizer, longest, PROMPTS)
+        encode_prompts(self.eval_rows, self.tokenizer, longest, EVAL_PROMPTS)
+
+        elsewhere = {self.ref_device, self.reward_device} - {self.policy_device}
+        self.worker = ThreadPoolExecutor(1) if elsewhere else None
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
+        self.metrics_history, self.samples = [], []
+        self.run = None  # made by train(), so that a run that never started leaves nothing behind
+
+    # -- The steps of the algorithm
+
+    def generate_responses_with_group_sampling(self, step):
+        """Dynamic sampling: BATCH_SIZE groups of GROUP_SIZE completions whose task rewards are not all equal.
+
+        Round after round of BATCH_SIZE new prompts, until the batch is full. Usable groups beyond it open the next
+        step's batch, so that none is sampled in vain. Raises InputError after MAX_RESAMPLES rounds of refilling.
+        """
+        groups, self.drawn = list(self.surplus), []
+        for group in groups:
+            group.carried = torch.ones(GROUP_SIZE, dtype=torch.bool)
+        while len(groups) < BATCH_SIZE:  # at least once: the surplus is never a whole batch
+            if len(self.drawn) > MAX_RESAMPLES:
+                right = torch.cat([rollouts.rewards > 0 for rollouts in self.drawn]).double().mean()
+                raise InputError(
+                    f"{len(self.drawn)} rounds of {BATCH_SIZE} prompts left {len(groups)} groups with unequal rewards, "
+                    f"and a batch needs {BATCH_SIZE}; {right:.0%} of the completions were right: give prompts of "
+                    "medium difficulty, or larger groups, raise --max-resamples, or set --no-dynamic-sampling"
+                )
+            self.rounds += 1
+            rows = prompts_of_step(self.train_rows, self.rounds)
+            rollouts = sample_completions(
+                self.policy, self.tokenizer, self.eos_ids, rows, GROUP_SIZE, ("rollout", self.rounds)
+            )
+            rollouts.rewards = self.compute_rewards(rollouts).cpu()
+            rollouts.carried = torch.zeros(len(rollouts.texts), dtype=torch.bool)
+            self.drawn.append(rollouts)
+            dead = is_dead(rollouts.rewards, GROUP_SIZE)
+            groups += [rollouts.group(i) for i in range(BATCH_SIZE) if not (DYNAMIC_SAMPLING and dead[i])]
+        self.surplus = groups[BATCH_SIZE:]
+        return join(groups[:BATCH_SIZE])
+
+    @torch.no_grad()
+    def compute_rewards(self, rollouts):
+        """The weighted sum of REWARDS, one number per completion: (B,)."""
+        total = torch.zeros(len(rollouts.texts))
+        for name, weight in self.reward_weights.items():
+            if name == "reward_model":
+                scores = self.score_with_reward_model(rollouts)
+            else:
+                reward = find_reward(name, "REWARDS")
+                pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
+                scores = torch.tensor([float(reward(row["prompt"], text, row)) for row, text in pairs])
+            total = total.to(scores.device) + weight * scores
+        return total
+
+    def score_with_reward_model(self, rollouts):
+        """The reward model's logit for prompt and completion as one text, (B,)."""
+        pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
+        texts = [row["prompt_text"] + text for row, text in pairs]
+        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal completions get equal scores
+        templated = bool(self.tokenizer.chat_template)  # then the special tokens are in the text already
+        ids = self.reward_tokenizer(list(distinct), add_special_tokens=not templated)["input_ids"]
+        lengths = torch.tensor([len(sequence) for sequence in ids])
+        scores = torch.zeros(len(ids), device=self.reward_device)
+        for rows in micro_batches(lengths, MICRO_BATCH_TOKENS):
+            batch = self.reward_tokenizer.pad(
+                {"input_ids": [ids[i] for i in rows]}, return_tensors="pt", padding_side="right"
+            )
+            with autocast(self.reward_device):
+                logits = self.reward_model(**batch.to(self.reward_device)).logits  # (rows, 1)
+            scores[rows.to(self.reward_device)] = logits[:, 0].float()
+        return scores[torch.tensor([distinct[text] for text in texts], device=self.reward_device)]
+
+    @torch.no_grad()
+    def compute_log_probs(self, model, rollouts):
+        """Log-probs of all completions under a model: (B, T) on its device."""
+        logps = torch.zeros(rollouts.completion_mask.shape, device=model.device)
+        for rows in micro_batches(rollouts.lengths, MICRO_BATCH_TOKENS):
+            logps[rows.to(model.device)], _ = completion_logps(model, rollouts, rows)
+        return logps
+
+    def compute_old_logps(self, rollouts):
+        """log π_old, of the policy that sampled: (B, T). As it stands, or for a carried-over group as it was then."""
+        logps = self.compute_log_probs(self.policy, rollouts)
+        return torch.where(rollouts.carried[:, None], rollouts.sampled_logps, logps.cpu()).to(logps.device)
+
+    def score(self, rollouts):
+        """Rewards with the overlong penalty (B,), and log-probs under the reference model (B, T) if there is one."""
+        rewards = rollouts.rewards + overlong_penalty(rollouts.completion_lengths)
+        return rewards, None if self.ref_model is None else self.compute_log_probs(self.ref_model, rollouts)
+
+    def update(self, rollouts, rows, old_logps, ref_logps, advantages):
+        """One optimizer step on some completions, in micro-batches. Returns the losses and the statistics of the ratio.
+
+        Each micro-batch counts by its share of the whole, so that how it is split cannot change the gradient.
+        """
+        mask, total = rollouts.completion_mask[rows].to(self.policy_device), loss_weight(rollouts.completion_mask[rows])
+        logps, stats = torch.zeros(mask.shape, device=self.policy_device), {}
+        self.optimizer.zero_grad()
+        for part in micro_batches(rollouts.lengths[rows], MICRO_BATCH_TOKENS):
+            chosen = rows[part]
+            share = loss_weight(rollouts.completion_mask[chosen]) / total
+            logps_part, entropy = completion_logps(self.policy, rollouts, chosen, with_entropy=ENTROPY_COEF > 0)
+            part, chosen = part.to(self.policy_device), chosen.to(self.policy_device)
+            losses = {
+                "policy_loss": compute_policy_loss(logps_part, old_logps[chosen], advantages[chosen], mask[part])[0]
+            }
+            if ENTROPY_COEF > 0:
+                losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask[part])
+            if ref_logps is not None:
+                kl_loss = compute_kl_loss(logps_part, old_logps[chosen], ref_logps[chosen], mask[part])
+                losses["kl_loss"] = self.kl_coef * kl_loss
+            (share * sum(losses.values())).backward()
+            logps[part] = logps_part.detach()
+            for name, loss in losses.items():
+                stats[name] = stats.get(name, 0.0) + share * loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        rows = rows.to(self.policy_device)
+        stats |= compute_policy_loss(logps, old_logps[rows], advantages[rows], mask)[1]
+        if ref_logps is not None:
+            stats["kl_divergence"] = per_token(compute_kl(logps, ref_logps[rows]), mask)
+        return stats | {"grad_norm": grad_norm}
+
+    def update_kl_coef(self, mean_kl):
+        """Adapts the weight of the KL term for the next step."""
+        if ADAPTIVE_KL:
+            self.kl_coef = next_kl_coef(self.kl_coef, mean_kl)
+
+    def train_step(self, step):
+        """Rollouts, rewards, advantages and updates of one step (from 1). Returns its metrics."""
+        learning_rate = learning_rate_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        times = [time.perf_counter()]
+        rollouts = self.generate_responses_with_group_sampling(step)
+        times.append(time.perf_counter())
+        if self.worker is None:
+            rewards, ref_logps = self.score(rollouts)
+            times.append(time.perf_counter())
+            old_logps = self.compute_old_logps(rollouts)
+        else:  # the reward and reference models work on their device while the policy works on its own
+            scores = self.worker.submit(self.score, rollouts)
+            old_logps = self.compute_old_logps(rollouts)
+            times.append(time.perf_counter())
+            rewards, ref_logps = scores.result()
+        rewards = rewards.to(self.policy_device)
+        ref_logps = None if ref_logps is None else ref_logps.to(self.policy_device)
+        advantages = compute_relative_advantages(rewards, GROUP_SIZE)
+        times.append(time.perf_counter())
+        updates, in_loss = [], completions_in_loss(rollouts.truncated).nonzero().squeeze(1)
+        for epoch in range(DAPO_EPOCHS):
+            order = in_loss[torch.randperm(len(in_loss), generator=generator_of("mini-batches", step, epoch))]
+            for rows in order.tensor_split(MINI_BATCHES):
+                if len(rows) > 0:
+                    updates.append(self.update(rollouts, rows, old_logps, ref_logps, advantages))
+        metrics = {"step": step, "learning_rate": learning_rate, "kl_coef": self.kl_coef}
+        metrics |= self.sampling_metrics(rollouts) | step_metrics(rollouts, rewards, advantages, old_logps, updates)
+        times.append(time.perf_counter())
+        if metrics["kl_divergence"] is not None:
+            self.update_kl_coef(metrics["kl_divergence"])
+        self.samples = samples_of(step, rollouts, rewards.tolist(), advantages.tolist())
+        return metrics | speed_metrics(times, metrics["completion_tokens"], self.policy_device)
+
+    def sampling_metrics(self, rollouts):
+        """The metrics of a step's sampling: of all that was drawn, and of the batch that was made of it."""
+        rewards = torch.cat([part.rewards for part in self.drawn])
+        return {
+            "sampled_completions": len(rewards),
+            "accuracy": (rewards > 0).double().mean().item(),
+            "dead_groups_drawn": is_dead(rewards, GROUP_SIZE).double().mean().item(),
+            "resampled": 1 - 1 / len(self.drawn),
+            "carried_over": rollouts.carried.double().mean().item(),
+            "completion_tokens": sum(int(part.completion_lengths.sum()) for part in self.drawn),
+            "avg_response_length": rollouts.completion_lengths.double().mean().item(),
+            "truncated": rollouts.truncated.double().mean().item(),
+        }
+
+    # -- Around the steps
+
+    def evaluate(self):
+        """Held-out accuracy by EVAL_REWARD: metrics, and the greedy completions.
+
+        eval_accuracy is pass@1, the mean over EVAL_SAMPLES sampled completions per prompt. The random numbers are the
+        same each time, so that two evaluations differ by the policy alone.
+        """
+        accuracies = {}
+        for name, group_size in (("eval_accuracy", EVAL_SAMPLES), ("eval_accuracy_greedy", 1)):
+            right, texts = [], []
+            chunk = max(1, BATCH_SIZE * GROUP_SIZE // group_size)  # as many completions at once as in training
+            for first in range(0, len(self.eval_rows), chunk):
+                rows, purpose = self.eval_rows[first : first + chunk], ("evaluation", first)
+                greedy = name == "eval_accuracy_greedy"
+                rollouts = sample_completions(
+                    self.policy, self.tokenizer, self.eos_ids, rows, group_size, purpose, greedy
+                )
+                texts += rollouts.texts
+                pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
+                right += [float(self.eval_reward(row["prompt"], text, row)) for row, text in pairs]
+            accuracies[name] = sum(right) / len(right)
+        return accuracies, texts
+
+    def train(self):
+        """Trains for MAX_STEPS steps. Returns metrics_history, which is also what metrics.jsonl holds."""
+        self.warn_about_constants()
+        devices = {
+            "POLICY_DEVICE": self.policy_device,
+            "REF_DEVICE": self.ref_device,
+            "REWARD_DEVICE": self.reward_device,
+        }
+        constants = configs.constant_values(globals()) | {name: str(device) for name, device in devices.items()}
+        self.run = Run(OUTPUT_DIR, __file__, constants)
+        print(f"Run folder: {self.run.folder}")
+        before, texts_before = self.evaluate()
+        self.log({"step": 0} | before)
+        after, drawn = before, time.perf_counter()
+        bar = tqdm(range(1, MAX_STEPS + 1), desc=self.run.algorithm, unit="step", dynamic_ncols=True)
+        for step in bar:
+            try:
+                metrics = self.train_step(step)
+            except InputError as error:
+                folder = self.run.save_model(f"checkpoints/step-{step - 1}", self.policy, self.tokenizer)
+                raise InputError(f"step {step}: {error}; the model as it was before this step is in {folder}") from None
+            evaluating = step == MAX_STEPS or EVAL_EVERY > 0 and step % EVAL_EVERY == 0
+            if evaluating:
+                after, texts_after = self.evaluate()
+                metrics |= after
+            self.log(metrics)
+            self.run.log_samples(self.samples)
+            if SAVE_EVERY > 0 and step % SAVE_EVERY == 0:
+                self.run.save_model(f"checkpoints/step-{step}", self.policy, self.tokenizer)
+            if step == MAX_STEPS:
+                self.run.save_model("final", self.policy, self.tokenizer)
+            if evaluating or time.perf_counter() - drawn > 30:
+                plotting.draw_run(self.run.folder)
+                drawn = time.perf_counter()
+            if step == min(10, MAX_STEPS):
+                self.warn_about_clip()
+            bar.set_postfix_str(
+                f"reward {metrics['reward']:.2f}, accuracy {after['eval_accuracy']:.2f}, "
+                f"KL {metrics['kl_divergence'] or 0:.3f}, clipped {metrics['clip_fraction'] or 0:.0%}, "
+                f"{metrics['tokens_per_second']:.0f} tokens/s"
+            )
+        self.print_summary(before, after, texts_before, texts_after)
+        return self.metrics_history
+
+    def log(self, metrics):
+        self.metrics_history.append(metrics)
+        self.run.log_metrics(metrics)
+
+    def print_summary(self, before, after, texts_before, texts_after):
+        for name, how in (("eval_accuracy", "sampled"), ("eval_accuracy_greedy", "greedy")):
+            print(f"Held-out accuracy, {how}: {before[name]:.3f} before, {after[name]:.3f} after")
+        for row, old, new in list(zip(self.eval_rows, texts_before, texts_after, strict=True))[:3]:
+            print(f"  {row['prompt']!r} (answer {row['answer']})\n    before {old!r}\n    after  {new!r}")
+        print(f"Model:   {self.run.folder / 'final'}")
+        print(f"Picture: {self.run.folder / 'metrics.png'}")
+
+    def warn_about_constants(self):
+        """Says so where constants ask for something that cannot work."""
+        if DAPO_EPOCHS * MINI_BATCHES == 1:
+            print("Warning: one update per rollout, so the ratio is always 1 and the clip is dead; raise MINI_BATCHES")
+        if TOP_P < 1:
+            print(f"Warning: TOP_P = {TOP_P} below 1 samples from another distribution than the ratio assumes")
+
+    def warn_about_clip(self):
+        """After some steps: says so if the clip is so wide that it has never acted."""
+        steps = [metrics for metrics in self.metrics_history if metrics.get("clip_fraction") is not None]
+        if steps and DAPO_EPOCHS * MINI_BATCHES > 1 and not any(metrics["clip_fraction"] for metrics in steps):
+            least, greatest = min(m["ratio_min"] for m in steps), max(m["ratio_max"] for m in steps)
+            tqdm.write(
+                f"Warning: in {len(steps)} steps the ratio stayed in [{least:.6f}, {greatest:.6f}] and the clip never "
+                f"acted; lower CLIP_LOW = {CLIP_LOW:g} and CLIP_HIGH = {CLIP_HIGH:g}"
+            )
+
+
+def per_token(values, completion_mask):
+    """The mean of (B, T) over tokens, weighed as the loss weighs them, whatever its denominator: what is logged."""
+    return aggregate(values, completion_mask) / aggregate(torch.ones_like(values), completion_mask)
+
+
+def step_metrics(rollouts, rewards, advantages, old_logps, updates):
+    """The metrics of a step; those of its updates by their mean, or by the least and greatest of a *_min and *_max.
+
+    Without any update, where no completion was in the loss, there is no ratio and no gradient: None.
+    """
+    mask = rollouts.completion_mask.to(old_logps.device)
+    merged = {"policy_loss": 0.0, "entropy_loss": 0.0, "kl_loss": 0.0}
+    merged |= dict.fromkeys(("kl_divergence", "clip_fraction", "ratio_mean", "ratio_min", "ratio_max", "grad_norm"))
+    for name in updates[0] if updates else ():
+        values = torch.stack([update[name] for update in updates]).double()
+        reduce = values.min if name.endswith("_min") else values.max if name.endswith("_max") else values.mean
+        merged[name] = reduce().item()
+    return merged | {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        "relative_advantage": advantages.abs().mean().item(),
+        "dead_groups": (advantages.view(-1, GROUP_SIZE) == 0).all(1).double().mean().item(),
+        "entropy": per_token(-old_logps, mask).item(),
+        "sampler_gap": (rollouts.sampled_logps.to(mask.device) - old_logps)[mask].abs().mean().item(),
+    }
+
+
+def speed_metrics(times, tokens, device):
+    names = ("seconds_rollout", "seconds_reward", "seconds_logps", "seconds_update")
+    seconds = {name: times[i + 1] - times[i] for i, name in enumerate(names)}
+    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    return seconds | {"tokens_per_second": tokens / (times[-1] - times[0]), "peak_memory_gb": memory}
+
+
+def samples_of(step, rollouts, rewards, advantages):
+    """What a reader wants to see of the first SAMPLE_GROUPS groups, a dict per completion."""
+    return [
+        {
+            "step": step,
+            "prompt": rollouts.prompts[i]["prompt"],
+            "completion": rollouts.texts[i],
+            "reward": rewards[i],
+            "advantage": advantages[i],
+            "answer": rollouts.prompts[i]["answer"],
+            "tokens": int(rollouts.completion_lengths[i]),
+            "truncated": bool(rollouts.truncated[i]),
+        }
+        for i in range(min(SAMPLE_GROUPS * GROUP_SIZE, len(rollouts.texts)))
+    ]
+
+
+def learning_rate_at(step):
+    """The learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE."""
+    if step <= WARMUP_STEPS:
+        return LEARNING_RATE * step / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS - 1) / max(1, MAX_STEPS - WARMUP_STEPS)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return LEARNING_RATE * factor[LR_SCHEDULE]
+
+
+# ---- Run -------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    with configs.one_line_errors():
+        configs.apply_overrides(globals(), argv)
+        DAPOTrainer().train()
+
+
+if __name__ == "__main__":
+    main()
