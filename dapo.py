@@ -105,7 +105,7 @@ MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 MICRO_BATCH_TOKENS = 1024  # tokens per forward pass, padding included; more is faster on a GPU, less saves memory
 
 # Run
-MAX_STEPS = 80  # training steps
+MAX_STEPS = 40  # training steps; late ones take several rounds of sampling each
 EVAL_EVERY = 20  # steps between evaluations; 0 evaluates only before the first step and at the end
 EVAL_SIZE = 256  # held-out prompts per evaluation
 EVAL_SAMPLES = 4  # completions per held-out prompt for eval_accuracy

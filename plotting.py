@@ -20,7 +20,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
 )  # fmt: skip
 RUN_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
-# The eight panels, row by row: key in metrics.jsonl, title, unit on the y axis.
+# The eight panels of a figure, row by row: key in metrics.jsonl, title, unit on the y axis.
 PANELS = (
     ("policy_loss", "Policy loss", "loss"),
     ("entropy_loss", "Entropy loss", "loss"),
@@ -30,6 +30,16 @@ PANELS = (
     ("kl_divergence", "KL divergence to the reference", "nats per token"),
     ("kl_coef", "KL coefficient", "weight"),
     ("avg_response_length", "Response length", "tokens"),
+)
+DAPO_PANELS = (
+    ("policy_loss", "Policy loss", "loss"),
+    ("accuracy", "Reward and accuracy", "reward, share right"),
+    ("entropy", "Entropy of the sampled tokens", "nats per token"),
+    ("clip_fraction", "Clip fraction", "share of tokens"),
+    ("resampled", "Prompts resampled", "share of the prompts sampled"),
+    ("dead_groups_drawn", "Dead groups before resampling", "share of the groups"),
+    ("avg_response_length", "Response length", "tokens"),
+    ("grad_norm", "Gradient norm, before clipping", "norm"),
 )
 
 
@@ -74,15 +84,54 @@ def plot_gspo_metrics(
         if key == "reward" and reward_stds:
             low, high = zip(*[(r - s, r + s) for r, s in zip(values, reward_stds, strict=True)], strict=True)
             axis.fill_between(steps, low, high, color=BLUE, alpha=0.15, linewidth=0, label="± one standard deviation")
-        if key == "reward" and evaluations:
-            at, sampled, greedy = zip(*evaluations, strict=True)
-            axis.plot(at, sampled, "o-", color=VERMILION, label="held-out accuracy, sampled")
-            axis.plot(at, greedy, "s--", color=GREEN, label="held-out accuracy, greedy")
+        if key == "reward":
+            _evaluations(axis, evaluations)
         if key == "kl_divergence" and target_kl is not None:
             axis.axhline(target_kl, color=BLACK, linestyle=":", label=f"target {target_kl:g}")
         _log_if_spiky(axis, key, values)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, framealpha=0.9)
+    return _save(figure, path)
+
+
+def plot_dapo_metrics(rows, *, group_size, evaluations=None, title=None, path=None):
+    """Draws a run of dapo.py as 4x2 panels and returns the matplotlib Figure.
+
+    rows: its training steps as metrics.jsonl has them. group_size: G of the dead groups' expectation p^G + (1 − p)^G,
+    where p is the share of the step's completions that are right. evaluations, title, path: as in plot_gspo_metrics.
+    """
+    steps = [row["step"] for row in rows]
+    keys = set().union(*rows)
+    columns = {key: [float("nan") if row.get(key) is None else row[key] for row in rows] for key in keys}
+    figure, axes = _panels(title, DAPO_PANELS)
+    axes = {key: axis for (key, _, _), axis in zip(DAPO_PANELS, axes, strict=True)}
+    for key, colour, label in (
+        ("policy_loss", BLUE, None),
+        ("entropy", BLUE, None),
+        ("resampled", BLUE, None),
+        ("grad_norm", BLUE, None),
+        ("accuracy", SKY, "right, of all completions sampled"),
+        ("dead_groups_drawn", BLUE, "measured"),
+        ("avg_response_length", BLUE, "response length"),
+    ):
+        _line(axes[key], steps, columns[key], colour, label)
+    _line(axes["accuracy"], steps, columns["reward"], BLUE, "reward of the batch")
+    _evaluations(axes["accuracy"], evaluations)
+    for key, colour in (("clip_fraction_low", BLUE), ("clip_fraction_high", ORANGE)):
+        _line(axes["clip_fraction"], steps, columns.get(key, [float("nan")] * len(rows)), colour, key[14:])
+    expected = [p**group_size + (1 - p) ** group_size for p in columns["accuracy"]]
+    _line(axes["dead_groups_drawn"], steps, expected, BLACK, "expected if all prompts were alike: $p^G+(1-p)^G$", ":")
+    for key in ("resampled", "dead_groups_drawn"):
+        axes[key].set_ylim(-0.05, 1.05)
+    beside = axes["avg_response_length"].twinx()
+    _line(beside, steps, columns["truncated"], VERMILION, "truncated")
+    beside.set_ylim(-0.05, 1.05)
+    beside.set_ylabel("share truncated")
+    beside.spines["top"].set_visible(False)
+    for axis in axes.values():
+        lines = [*axis.lines, *beside.lines] if axis is axes["avg_response_length"] else axis.lines
+        if named := [line for line in lines if not line.get_label().startswith("_")]:
+            axis.legend(handles=named, fontsize=8, framealpha=0.9)
     return _save(figure, path)
 
 
@@ -110,6 +159,15 @@ def draw_run(folder):
     folder, constants = Path(folder), {}
     if (folder / "config.json").is_file():
         constants = json.loads((folder / "config.json").read_text(encoding="utf-8"))["constants"]
+    if all(key in steps[0] for key, _, _ in DAPO_PANELS):
+        plot_dapo_metrics(
+            steps,
+            group_size=constants.get("GROUP_SIZE", 8),
+            evaluations=evaluations,
+            title=folder.resolve().name,
+            path=folder / "metrics.png",
+        )
+        return folder / "metrics.png"
     columns = [[row[key] for row in steps] for key, _, _ in PANELS]
     plot_gspo_metrics(
         *columns,
@@ -145,10 +203,10 @@ def load_metrics(folder):
     return steps, evaluations
 
 
-def _panels(title):
+def _panels(title, panels=PANELS):
     figure = Figure(figsize=(12, 14), layout="constrained")
     axes = figure.subplots(4, 2).flatten()
-    for (_, name, unit), axis in zip(PANELS, axes, strict=True):
+    for (_, name, unit), axis in zip(panels, axes, strict=True):
         axis.set_title(name)
         axis.set_xlabel("training step")
         axis.set_ylabel(unit)
@@ -161,6 +219,13 @@ def _panels(title):
 
 def _line(axis, steps, values, colour, label, style="-"):
     axis.plot(steps, values, style, color=colour, linewidth=1.5, label=label, marker="." if len(steps) < 3 else None)
+
+
+def _evaluations(axis, evaluations):
+    if evaluations:
+        at, sampled, greedy = zip(*evaluations, strict=True)
+        axis.plot(at, sampled, "o-", color=VERMILION, label="held-out accuracy, sampled")
+        axis.plot(at, greedy, "s--", color=GREEN, label="held-out accuracy, greedy")
 
 
 def _log_if_spiky(axis, key, values):

@@ -6,16 +6,18 @@ import pytest
 import torch
 
 import configs
+import dapo
 import grpo
 import gspo
 
+SCRIPTS = (gspo, grpo, dapo)
 torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
 def constants_restored():
     """A test may set a script's constants; the next one finds them as shipped."""
-    before = [(script, configs.constant_values(vars(script))) for script in (gspo, grpo)]
+    before = [(script, configs.constant_values(vars(script))) for script in SCRIPTS]
     yield
     for script, values in before:
         vars(script).update(values)
@@ -23,8 +25,18 @@ def constants_restored():
 
 @pytest.fixture
 def small(tmp_path):
-    """Sizes for a run of a few seconds; returns the module. Runs go to tmp_path/outputs."""
-    vars(gspo).update(
+    """gspo with the sizes of a run of a few seconds. Runs go to tmp_path/outputs."""
+    return shrink(gspo, tmp_path)
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
+def small_script(request, tmp_path):
+    """Each script in turn, with the sizes of a run of a few seconds."""
+    return shrink(request.param, tmp_path)
+
+
+def shrink(script, tmp_path):
+    vars(script).update(
         MAX_STEPS=2,
         BATCH_SIZE=4,
         GROUP_SIZE=4,
@@ -35,4 +47,9 @@ def small(tmp_path):
         MAX_COMPLETION_TOKENS=40,
         OUTPUT_DIR=str(tmp_path / "outputs"),
     )
-    return gspo
+    return script
+
+
+def trainer_of(script):
+    """A new trainer, whatever the script's name."""
+    return getattr(script, f"{script.__name__.upper()}Trainer")()

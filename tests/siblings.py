@@ -42,7 +42,18 @@ def sections(text):
 
 
 def blocks(section):
-    """A section in order: {"": its first lines, "function": ..., "Class": ..., "Class.method": ...}, with all lines."""
+    """A section in order: {"": its first lines, "function": ..., "Class": ..., "Class.method": ...}, with all lines.
+
+    The blank lines above a function are its own.
+    """
+    lines = section.splitlines(keepends=True)
+
+    def first_line(node):
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        while not lines[first - 2].strip():
+            first -= 1
+        return first
+
     starts = {"": 1}
     for node in ast.parse(section).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -50,13 +61,8 @@ def blocks(section):
         if isinstance(node, ast.ClassDef):
             methods = (child for child in node.body if isinstance(child, ast.FunctionDef))
             starts |= {f"{node.name}.{method.name}": first_line(method) for method in methods}
-    lines = section.splitlines(keepends=True)
     ends = [*list(starts.values())[1:], len(lines) + 1]
     return {name: "".join(lines[a - 1 : b - 1]) for (name, a), b in zip(starts.items(), ends, strict=True)}
-
-
-def first_line(node):
-    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
 
 
 def renamed(name):

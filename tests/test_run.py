@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
+from conftest import trainer_of
+from variants import naive_loss, naive_mean
 
 import configs
 import gspo
@@ -29,19 +31,20 @@ def timeless(rows):
     return [{k: v for k, v in row.items() if not k.startswith("seconds_") and k != "tokens_per_second"} for row in rows]
 
 
-def test_a_run_writes_every_file_moves_every_parameter_and_reports(small, capsys):
-    small.SAVE_EVERY, small.EVAL_EVERY = 1, 1
-    trainer = small.GSPOTrainer()
+def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script, capsys):
+    script, algorithm = small_script, small_script.__name__
+    script.SAVE_EVERY, script.EVAL_EVERY = 1, 1
+    trainer = trainer_of(script)
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
     history = trainer.train()
     for name, parameter in trainer.policy.named_parameters():
         assert not torch.equal(parameter, before[name]), f"{name} did not move"
 
     folder = trainer.run.folder
-    assert folder.parent.name == "outputs" and folder.name.startswith("gspo-")
-    assert (folder / "gspo.py").read_text() == (configs.HERE / "gspo.py").read_text()
+    assert folder.parent.name == "outputs" and folder.name.startswith(f"{algorithm}-")
+    assert (folder / f"{algorithm}.py").read_text() == (configs.HERE / f"{algorithm}.py").read_text()
     config = json.loads((folder / "config.json").read_text())
-    assert config["constants"]["GROUP_SIZE"] == 4 and config["constants"]["OUTPUT_DIR"] == small.OUTPUT_DIR
+    assert config["constants"]["GROUP_SIZE"] == 4 and config["constants"]["OUTPUT_DIR"] == script.OUTPUT_DIR
     assert {"git_commit", "versions", "hardware", "command"} <= config.keys()
 
     rows = read_jsonl(folder / "metrics.jsonl")
@@ -49,11 +52,14 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small, capsys
     assert set(rows[0]) == {"step", "eval_accuracy", "eval_accuracy_greedy"}
     for row in rows[1:]:
         assert set(METRICS) <= set(row) and {"eval_accuracy", "eval_accuracy_greedy"} <= set(row)
-        assert all(math.isfinite(row[name]) for name in METRICS if name != "peak_memory_gb")
+        unknown = {name for name in METRICS if row[name] is None}
+        assert unknown == {"peak_memory_gb"} | ({"kl_divergence"} if trainer.ref_model is None else set())
+        assert all(math.isfinite(row[name]) for name in set(METRICS) - unknown)
         assert row["sampler_gap"] < 1e-4
         assert row["ratio_min"] <= row["ratio_mean"] <= row["ratio_max"]
-        assert row["entropy_loss"] < 0 < row["kl_coef"]
-    assert rows[1]["kl_divergence"] < rows[2]["kl_divergence"]
+        assert (row["entropy_loss"] < 0) == (script.ENTROPY_COEF > 0)
+    if trainer.ref_model is not None:
+        assert all(row["kl_divergence"] > 0 and row["kl_coef"] > 0 for row in rows[1:])
 
     samples = read_jsonl(folder / "samples.jsonl")
     assert len(samples) == 2 * 2 * 4
@@ -76,37 +82,47 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small, capsys
     assert str(folder / "metrics.png") in out and out.count("    before ") == out.count("    after ") == 3
 
 
-def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small):
-    runs = []
+def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small_script):
+    small_script.MAX_STEPS, runs = 3, []
     for seed in (0, 0, 1):
-        small.SEED = seed
-        trainer = small.GSPOTrainer()
+        small_script.SEED = seed
+        trainer = trainer_of(small_script)
         trainer.train()
         runs.append(timeless(read_jsonl(trainer.run.folder / "metrics.jsonl")))
     assert runs[0] == runs[1] != runs[2]
 
 
 @pytest.fixture
-def trainer_with_rollouts(small):
-    """A trainer off its starting point, and what one update needs."""
-    trainer = small.GSPOTrainer()
+def trainer_with_rollouts(small_script):
+    """A trainer off its starting point, with a reference model, and what one update needs."""
+    small_script.KL_COEF, small_script.MAX_GRAD_NORM = 0.7, 1e9
+    trainer = trainer_of(small_script)
+    trainer.optimizer.step = lambda: None  # look at the gradient, stay where we are
     rollouts = trainer.generate_responses_with_group_sampling(1)
-    old_logps = trainer.compute_log_probs(trainer.policy, rollouts)
+    old_logps = trainer.compute_old_logps(rollouts) + 0.05
     ref_logps = trainer.compute_log_probs(trainer.ref_model, rollouts) - 0.1
     advantages = torch.randn(len(rollouts.texts), generator=torch.Generator().manual_seed(0))
-    return trainer, (rollouts, torch.arange(len(rollouts.texts)), old_logps, ref_logps, advantages)
+    return small_script, trainer, (rollouts, torch.arange(len(rollouts.texts)), old_logps, ref_logps, advantages)
 
 
-@pytest.mark.parametrize("level", ["sequence", "sequence_token", "token"])
-def test_how_a_batch_is_split_cannot_change_loss_or_gradient(trainer_with_rollouts, level):
-    trainer, batch = trainer_with_rollouts
-    gspo.RATIO_LEVEL, gspo.MAX_GRAD_NORM = level, 1e9
-    trainer.optimizer.step = lambda: None  # look at the gradient, stay where we are
+def gradient(trainer):
+    return torch.cat([parameter.grad.flatten().clone() for parameter in trainer.policy.parameters()])
+
+
+SETTINGS = {"gspo": ("RATIO_LEVEL", "token"), "grpo": ("LOSS_AGGREGATION", "constant")}
+SETTINGS["dapo"] = ("LOSS_AGGREGATION", "sequence_mean")
+
+
+@pytest.mark.parametrize("as_shipped", [True, False])
+def test_how_a_batch_is_split_cannot_change_loss_or_gradient(trainer_with_rollouts, as_shipped):
+    script, trainer, batch = trainer_with_rollouts
+    if not as_shipped:
+        setattr(script, *SETTINGS[script.__name__])
     results = []
     for budget in (100_000, 200, 1):
-        gspo.MICRO_BATCH_TOKENS = budget
+        script.MICRO_BATCH_TOKENS = budget
         stats = trainer.update(*batch)
-        results.append((stats, torch.cat([p.grad.flatten().clone() for p in trainer.policy.parameters()])))
+        results.append((stats, gradient(trainer)))
     for stats, grad in results[1:]:
         torch.testing.assert_close(grad, results[0][1], rtol=1e-3, atol=1e-6)
         for name in stats:
@@ -115,43 +131,40 @@ def test_how_a_batch_is_split_cannot_change_loss_or_gradient(trainer_with_rollou
 
 def test_an_update_takes_the_gradient_of_the_documented_loss(trainer_with_rollouts):
     """loss = −J + kl_coef · mean k3 − ENTROPY_COEF · mean entropy, computed here from whole logits, a row at a time."""
-    trainer, (rollouts, rows, old_logps, ref_logps, advantages) = trainer_with_rollouts
-    gspo.MAX_GRAD_NORM, gspo.ENTROPY_COEF, trainer.kl_coef = 1e9, 0.3, 0.7
-    trainer.optimizer.step = lambda: None
+    script, trainer, (rollouts, rows, old_logps, ref_logps, advantages) = trainer_with_rollouts
+    script.ENTROPY_COEF, trainer.kl_coef = 0.3, 0.7
     stats = trainer.update(rollouts, rows, old_logps, ref_logps, advantages)
-    grad = torch.cat([p.grad.flatten().clone() for p in trainer.policy.parameters()])
-    total = {"policy_loss": 0.0, "kl_loss": 0.0, "entropy_loss": 0.0}
+    grad = gradient(trainer)
+    logps, k3, entropy = torch.zeros(rollouts.completion_mask.shape), [], []
     for i in rows.tolist():
         start, end = int(rollouts.prompt_lengths[i]), int(rollouts.lengths[i])
-        ids = rollouts.input_ids[i : i + 1, :end]
+        ids, n = rollouts.input_ids[i : i + 1, :end], end - start
         log_probs = trainer.policy(ids).logits[0, start - 1 : end - 1].log_softmax(-1)
-        logps = log_probs.gather(1, ids[0, start:, None])[:, 0]
-        n = end - start
-        ratio = (logps - old_logps[i, :n]).mean().exp()
-        bounded = ratio.clamp(1 - gspo.CLIP_LOW, 1 + gspo.CLIP_HIGH)
-        total["policy_loss"] -= torch.min(ratio * advantages[i], bounded * advantages[i]) / len(rows)
-        difference = ref_logps[i, :n] - logps
-        total["kl_loss"] += 0.7 * (difference.exp() - difference - 1).mean() / len(rows)
-        total["entropy_loss"] += 0.3 * (log_probs.exp() * log_probs).sum(-1).mean() / len(rows)
+        logps[i, :n] = log_probs.gather(1, ids[0, start:, None])[:, 0]
+        difference = ref_logps[i, :n] - logps[i, :n]
+        k3.append(list(difference.exp() - difference - 1))
+        entropy.append(list(-(log_probs.exp() * log_probs).sum(-1)))
+    total = {"policy_loss": naive_loss(script, logps, old_logps, advantages, rollouts.completion_mask)[0]}
+    total["kl_loss"] = 0.7 * naive_mean(script, k3)
+    total["entropy_loss"] = -0.3 * naive_mean(script, entropy)
     trainer.policy.zero_grad()
     sum(total.values()).backward()
-    expected = torch.cat([p.grad.flatten() for p in trainer.policy.parameters()])
-    torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(grad, gradient(trainer), rtol=1e-3, atol=1e-5)
     for name, value in total.items():
         torch.testing.assert_close(stats[name], value.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none_is_computed(small, monkeypatch):
-    loaded, asked = [], []
-    load_model, completion_logps = gspo.load_model, gspo.completion_logps
-    monkeypatch.setattr(gspo, "load_model", lambda *a: (loaded.append(a[2]), load_model(*a))[1])
+def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none_is_computed(small_script, monkeypatch):
+    small, loaded, asked = small_script, [], []
+    load_model, completion_logps = small.load_model, small.completion_logps
+    monkeypatch.setattr(small, "load_model", lambda *a: (loaded.append(a[2]), load_model(*a))[1])
     monkeypatch.setattr(
-        gspo,
+        small,
         "completion_logps",
         lambda *a, **k: (asked.append(k.get("with_entropy", False)), completion_logps(*a, **k))[1],
     )
     small.KL_COEF, small.ADAPTIVE_KL, small.ENTROPY_COEF, small.REWARDS = 0.0, False, 0.0, "exact_match"
-    trainer = small.GSPOTrainer()
+    trainer = trainer_of(small)
     history = trainer.train()
     assert loaded == ["POLICY_MODEL"] and trainer.ref_model is None and not any(asked)
     assert history[1]["kl_divergence"] is None and history[1]["kl_loss"] == history[1]["entropy_loss"] == 0

@@ -1,0 +1,143 @@
+"""The scripts against each other on the embedded task: held-out accuracy after equal numbers of sampled completions.
+
+    python benchmarks/compare.py                          gspo.py, grpo.py and dapo.py, seeds 0 to 4 of each, in turn
+    python benchmarks/compare.py --seeds 0 1 --flags "--rewards exact_match"
+
+Prints accuracy after N completions, mean and standard deviation over the seeds, interpolated between evaluations; which
+differences an exact permutation test tells from chance; and how many seeds end at 0.90 or more, sampled and greedy.
+Draws docs/comparison.png: mean and range over the seeds, against completions and against wall time.
+"""
+
+import argparse
+import itertools
+import shlex
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from seeds import ROOT, run
+
+sys.path.insert(0, str(ROOT))
+from plotting import BLUE, GREEN, VERMILION
+
+COLOURS = {"gspo.py": BLUE, "grpo.py": VERMILION, "dapo.py": GREEN}
+BUDGETS = (2560, 5120, 10240)  # completions
+KINDS = {"eval_accuracy": "sampled", "eval_accuracy_greedy": "greedy"}
+EVERY = 5  # steps between evaluations
+
+
+class Curve:
+    """Accuracy of one run against the completions sampled, and the seconds of its training steps, so far."""
+
+    def __init__(self, rows, wall):
+        completions = np.cumsum([row.get("sampled_completions", 0) for row in rows])
+        seconds = np.cumsum([sum(v for k, v in row.items() if k.startswith("seconds_")) for row in rows])
+        at = [i for i, row in enumerate(rows) if "eval_accuracy" in row]
+        self.completions, self.seconds, self.wall = completions[at], seconds[at], wall
+        self.accuracy = {kind: np.array([rows[i][kind] for i in at]) for kind in KINDS}
+
+    def after(self, kind, completions):
+        assert completions <= self.completions[-1], "the run ended before that many completions"
+        return float(np.interp(completions, self.completions, self.accuracy[kind]))
+
+
+def chance(first, second):
+    """How often a random split of the values gives means at least as far apart: the exact permutation test's p."""
+    values, difference = first + second, abs(statistics.mean(first) - statistics.mean(second))
+    splits = list(itertools.combinations(range(len(values)), len(first)))
+    apart = 0
+    for chosen in splits:
+        inside = [values[i] for i in chosen]
+        outside = [value for i, value in enumerate(values) if i not in chosen]
+        apart += abs(statistics.mean(inside) - statistics.mean(outside)) >= difference - 1e-12
+    return apart / len(splits)
+
+
+def print_tables(curves):
+    for kind, how in KINDS.items():
+        print(f"\nHeld-out accuracy, {how}, after N sampled completions\n")
+        print("| script | " + " | ".join(f"N = {n}" for n in BUDGETS) + " |\n|---|" + "---|" * len(BUDGETS))
+        for script, runs in curves.items():
+            values = [[curve.after(kind, n) for curve in runs] for n in BUDGETS]
+            cells = [f"{statistics.mean(v):.3f} ± {statistics.stdev(v):.3f}" for v in values]
+            print(f"| {script} | " + " | ".join(cells) + " |")
+    print("\nDifferences (p of an exact permutation test over the seeds; below 0.05 in bold)\n")
+    columns = [(kind, n) for kind in KINDS for n in BUDGETS]
+    print("| pair | " + " | ".join(f"{KINDS[kind]}, {n}" for kind, n in columns) + " |\n|---|" + "---|" * len(columns))
+    for first, second in itertools.combinations(curves, 2):
+        cells = []
+        for kind, n in columns:
+            a, b = ([curve.after(kind, n) for curve in curves[script]] for script in (first, second))
+            p, mark = chance(a, b), "**" if chance(a, b) < 0.05 else ""
+            cells.append(f"{mark}{statistics.mean(a) - statistics.mean(b):+.3f} ({p:.3f}){mark}")
+        print(f"| {first} − {second} | " + " | ".join(cells) + " |")
+    print("\nWhole runs\n")
+    print("| script | completions | sampled at the end | greedy at the end | seeds at 0.90, both | wall s, median |")
+    print("|---|---|---|---|---|---|")
+    for script, runs in curves.items():
+        ends = {kind: [curve.accuracy[kind][-1] for curve in runs] for kind in KINDS}
+        reached = sum(min(pair) >= 0.90 for pair in zip(*ends.values(), strict=True))
+        completions = [int(curve.completions[-1]) for curve in runs]
+        span = (
+            f"{min(completions)}"
+            if min(completions) == max(completions)
+            else f"{min(completions)} to {max(completions)}"
+        )
+        cells = [f"{min(values):.3f} to {max(values):.3f}" for values in ends.values()]
+        wall = statistics.median(curve.wall for curve in runs)
+        print(f"| {script} | {span} | {cells[0]} | {cells[1]} | {reached} of {len(runs)} | {wall:.0f} |")
+
+
+def draw(curves, path):
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    panels = figure.subplots(2, 2)
+    most = min(curve.completions[-1] for runs in curves.values() for curve in runs)
+    longest = min(curve.seconds[-1] for runs in curves.values() for curve in runs)
+    for row, kind in enumerate(KINDS):
+        for column, (name, end, label) in enumerate(
+            (("completions", most, "completions sampled"), ("seconds", longest, "seconds of training steps"))
+        ):
+            axis, grid = panels[row][column], np.linspace(0, end, 200)
+            for script, runs in curves.items():
+                values = np.array([np.interp(grid, getattr(curve, name), curve.accuracy[kind]) for curve in runs])
+                axis.plot(grid, values.mean(0), color=COLOURS.get(script), label=f"{script}, mean of {len(runs)} seeds")
+                axis.fill_between(
+                    grid, values.min(0), values.max(0), color=COLOURS.get(script), alpha=0.15, linewidth=0
+                )
+            axis.axhline(0.9, color="0.5", linestyle=":", linewidth=1)
+            axis.set(xlabel=label, ylabel="held-out accuracy", title=f"Accuracy, {KINDS[kind]}, against {name}")
+            axis.set_ylim(0.2, 1.02)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(loc="lower right")
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scripts", nargs="+", default=["gspo.py", "grpo.py", "dapo.py"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
+    parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of the scripts, in one string")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "comparison.png")
+    arguments = parser.parse_args()
+    curves = {script: [] for script in arguments.scripts}
+    for seed in arguments.seeds:
+        for script in arguments.scripts:  # in turn, so that a busy moment of the machine meets them all
+            with tempfile.TemporaryDirectory() as outputs:
+                rows, wall = run(script, seed, ["--eval-every", str(EVERY), *arguments.flags], Path(outputs))
+            curves[script].append(Curve(rows, wall))
+            ends = ", ".join(f"{rows[-1][kind]:.3f} {how}" for kind, how in KINDS.items())
+            print(
+                f"{script}, seed {seed}: {curves[script][-1].completions[-1]} completions, {ends}, {wall:.0f} s",
+                flush=True,
+            )
+    print_tables(curves)
+    draw(curves, arguments.picture)
+    print(f"\n{arguments.picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Every script with each setting of the constants that change its loss, and the objective as the papers write it."""
+
+import pytest
+import torch
+
+import dapo
+import grpo
+import gspo
+
+VARIANTS = [
+    *[(gspo, {"RATIO_LEVEL": level}) for level in ("sequence", "sequence_token", "token")],
+    (gspo, {"RATIO_LEVEL": "sequence", "LENGTH_NORMALIZED_RATIO": False}),
+    *[(grpo, {"LOSS_AGGREGATION": how}) for how in ("sequence_mean", "token_mean", "constant")],
+    (grpo, {"DUAL_CLIP": 1.5}),
+    *[(dapo, {"LOSS_AGGREGATION": how}) for how in ("token_mean", "sequence_mean")],
+]
+over_variants = pytest.mark.parametrize(
+    ("script", "constants"),
+    [
+        pytest.param(*variant, id="-".join([variant[0].__name__, *map(str, variant[1].values())]))
+        for variant in VARIANTS
+    ],
+)
+
+
+def sequence_level(script):
+    return script is gspo and script.RATIO_LEVEL != "token"
+
+
+def naive_loss(script, logps, old_logps, advantages, completion_mask):
+    """−J one sequence and one token after the other: the loss, and the share of ratios that the clip takes out."""
+    terms, clipped, ratios_seen = [], 0, 0
+    for i in range(len(logps)):
+        tokens = [t for t in range(logps.shape[1]) if completion_mask[i, t]]
+        ratios = [(logps[i, t] - old_logps[i, t]).exp() for t in tokens]
+        if sequence_level(script):
+            product = torch.stack(ratios).prod()
+            ratios = [product ** (1 / len(tokens)) if script.LENGTH_NORMALIZED_RATIO else product]
+        losses, a = [], advantages[i]
+        for ratio in ratios:
+            loss = -min(ratio * a, min(max(ratio, 1 - script.CLIP_LOW), 1 + script.CLIP_HIGH) * a)
+            if getattr(script, "DUAL_CLIP", 0) and a < 0:
+                loss = min(loss, -script.DUAL_CLIP * a)
+            losses.append(loss)
+            clipped += bool(a > 0 and ratio > 1 + script.CLIP_HIGH or a < 0 and ratio < 1 - script.CLIP_LOW)
+            ratios_seen += 1
+        terms.append(losses)
+    return naive_mean(script, terms), clipped / ratios_seen
+
+
+def naive_mean(script, terms):
+    """The aggregation of LOSS_AGGREGATION over lists of one number per token, a list per sequence."""
+    how = getattr(script, "LOSS_AGGREGATION", "sequence_mean")
+    if how == "token_mean":
+        return sum(sum(sequence) for sequence in terms) / sum(len(sequence) for sequence in terms)
+    divisor = script.LOSS_DIVISOR if how == "constant" else None
+    return sum(sum(sequence) / (divisor or len(sequence)) for sequence in terms) / len(terms)
+
+
+def random_batch(seed=0, batch=6, tokens=9, spread=0.6):
+    """logps (with gradient), old_logps, advantages, completion_mask, in float64; the first row has a single token."""
+    generator = torch.Generator().manual_seed(seed)
+    old_logps = -torch.rand(batch, tokens, dtype=torch.float64, generator=generator) * 3
+    logps = old_logps + spread * torch.randn(batch, tokens, dtype=torch.float64, generator=generator)
+    advantages = torch.randn(batch, dtype=torch.float64, generator=generator)
+    lengths = torch.randint(1, tokens + 1, (batch,), generator=generator)
+    lengths[0], lengths[1] = 1, tokens
+    return logps.requires_grad_(), old_logps, advantages, torch.arange(tokens) < lengths[:, None]
+
+
+def loss_and_grad(loss, logps, *rest):
+    """The value, the gradient with respect to logps and the statistics of a loss function."""
+    logps = logps.detach().clone().requires_grad_()
+    value, stats = loss(logps, *rest)
+    value.backward()
+    return value.detach(), logps.grad, stats
