@@ -1,4 +1,4 @@
-# make gspo   set up .venv and run the main job (or make grpo)
+# make gspo   set up .venv and run the main job (or make grpo, make dapo)
 # make test   set up and run all checks and tests          make check   lint and format only
 # make sync   copy the shared sections out of gspo.py      make diff A=gspo B=grpo
 # make clean  remove .venv
@@ -6,9 +6,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: gspo grpo test check sync diff clean
+.PHONY: gspo grpo dapo test check sync diff clean
 
-gspo grpo: .venv/run-ready
+gspo grpo dapo: .venv/run-ready
 	$(BIN)/python $@.py
 
 test: check

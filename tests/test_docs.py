@@ -1,0 +1,120 @@
+"""README and docs against the code: every constant, flag, metric and file they name exists, every default is true."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+from conftest import SCRIPTS, shrink, trainer_of
+
+import configs
+
+ROOT = Path(configs.HERE)
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+BY_NAME = {script.__name__: script for script in SCRIPTS}
+CONSTANTS = {name: configs.constant_values(vars(script)) for name, script in BY_NAME.items()}
+EVERY = {name for values in CONSTANTS.values() for name in values}
+over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def flags_of(program):
+    """The flags of `python program`, from its parser."""
+    if program in BY_NAME:
+        return {"--" + name.lower().replace("_", "-") for name in CONSTANTS[program]} | {
+            "--no-" + name.lower().replace("_", "-")
+            for name, value in CONSTANTS[program].items()
+            if value in (True, False)
+        }
+    return set(re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / f"{program}.py").read_text()))
+
+
+def rows_of(page, heading):
+    """The cells of the table under a heading, without its head."""
+    text = page.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+@over_pages
+def test_every_constant_named_exists(page):
+    named = set(re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b", page.read_text())) - {"HF_HUB_OFFLINE"}
+    assert named <= EVERY, f"{page.name} names {sorted(named - EVERY)}"
+
+
+@over_pages
+def test_every_flag_named_exists(page):
+    text, known = page.read_text(), set()
+    for program in [*BY_NAME, "plotting", "benchmarks/seeds", "benchmarks/compare", "data/make_arithmetic"]:
+        known |= flags_of(program)
+        for command in re.findall(rf"(?:python |`){program}\.py((?: +--?[\w-]+(?:[ =][^\s`|]+)*)+)", text):
+            assert set(re.findall(r"--[a-z][a-z-]*", command)) <= flags_of(program) | {"--help"}, command
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - {"--help"}
+    assert named <= known, f"{page.name} names {sorted(named - known)}"
+
+
+@over_pages
+def test_every_file_and_link_exists(page):
+    text = page.read_text()
+    links = [
+        link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text) for link in link if link
+    ]
+    for link in links:
+        assert link.startswith("https://") or not link or (page.parent / link).exists(), link
+    for name in re.findall(r"`([\w./-]+\.(?:py|md|png|ipynb|txt|jsonl|json))`", text):
+        there = [ROOT / name, page.parent / name]
+        assert name in RUN_FOLDER or any(path.exists() for path in there), f"{page.name} names {name}"
+
+
+RUN_FOLDER = {"metrics.jsonl", "samples.jsonl", "config.json", "metrics.png"}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_quoted_defaults_are_those_of_the_script(name):
+    quoted = {}
+    for constant, _, value, _ in rows_of(ROOT / "docs" / f"{name}.md", "Constants"):
+        quoted[constant.strip("`")] = ast.literal_eval(value.strip("`"))
+    assert quoted == {constant: CONSTANTS[name][constant] for constant in quoted}
+    groups = configs.read_constants(vars(BY_NAME[name]))
+    of_the_paper = {
+        c for c, (_, _, group) in groups.items() if group.split(":")[0] not in ("Models and data", "Run", "Devices")
+    }
+    assert of_the_paper - {"MICRO_BATCH_TOKENS"} | {"REWARDS"} == set(quoted)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_logged_metric_is_explained_and_no_other(name, tmp_path):
+    trainer = trainer_of(shrink(BY_NAME[name], tmp_path))
+    logged = set(trainer.train_step(1)) - {"step"} | set(trainer.evaluate()[0])
+    assert {row[0].strip("`") for row in rows_of(ROOT / "docs" / f"{name}.md", "Metrics")} == logged
+
+
+SHARED_FLAGS = (
+    "max-steps seed output-dir preset group-size batch-size micro-batch-tokens policy-model reward-model prompts "
+    "learning-rate max-completion-tokens policy-device ref-device reward-device prompt-column answer-column rewards "
+    "save-every eval-every kl-coef target-kl entropy-coef clip-low clip-high advantage-type temperature"
+).split()
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_all_scripts_share_their_common_flags(name, capsys):
+    assert {"--" + flag for flag in SHARED_FLAGS} <= flags_of(name)
+    with pytest.raises(SystemExit) as exit_:
+        BY_NAME[name].main(["--help"])
+    assert exit_.value.code == 0 and all("--" + flag in capsys.readouterr().out for flag in SHARED_FLAGS[:1])
+
+
+def test_the_walkthrough_runs_and_prints_what_it_shows():
+    path = ROOT / "docs" / "walkthrough.ipynb"
+    stored = nbformat.read(path, as_version=4)
+    fresh = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(fresh, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    for old, new in zip(stored.cells, fresh.cells, strict=True):
+        if new.cell_type == "code" and "varies" not in new.metadata.get("tags", []):
+            assert printed(new) == printed(old), new.source
+    assert sum("image/png" in output.get("data", {}) for cell in fresh.cells for output in cell.get("outputs", [])) == 5
+
+
+def printed(cell):
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
