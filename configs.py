@@ -202,6 +202,8 @@ def validate(namespace):
                 raise InputError(f"{name} = {value!r} must be one of {', '.join(map(repr, holds))}; give {flag}")
         elif not holds(value):
             raise InputError(f"{name} = {value!r} must be {text}; edit it or give {flag}")
+    if namespace.get("LOSS_AGGREGATION") == "constant" and "LOSS_DIVISOR" not in namespace:
+        raise InputError("LOSS_AGGREGATION = 'constant' is for grpo.py; this script has no LOSS_DIVISOR to divide by")
     if namespace["MINI_BATCHES"] > namespace["BATCH_SIZE"] * namespace["GROUP_SIZE"]:
         raise InputError("MINI_BATCHES is more than BATCH_SIZE x GROUP_SIZE completions; lower --mini-batches")
 

@@ -4,7 +4,7 @@ For a prompt x, sample a group of G completions y_1 .. y_G from the policy as it
 right or wrong, and improve the policy π by several updates on the objective
 
     J = E[ 1/(Σ_i |y_i|) Σ_i Σ_t min( r_it A_i, clip(r_it, 1 − CLIP_LOW, 1 + CLIP_HIGH) A_i ) ]                 (eq. 8)
-        over groups with 0 < number of right completions < G
+        over groups with 0 < number of right completions < G; the sums run over all completions of an optimizer step
 
     r_it = π(y_it|x, y_i<t) / π_old(y_it|x, y_i<t)
 
@@ -79,9 +79,7 @@ DYNAMIC_SAMPLING = True  # replace groups whose task rewards are all equal
 MAX_RESAMPLES = 20  # rounds of refilling per step, of BATCH_SIZE prompts each; at more the run stops
 
 # Overlong completions
-OVERLONG_CACHE = (
-    16  # tokens; the reward falls by up to 1 over the last this many before the limit; 0 is off; paper: 4096
-)
+OVERLONG_CACHE = 16  # tokens before the limit, over which the reward falls by up to 1; 0 is off; paper: 4096
 OVERLONG_FILTER = True  # leave truncated completions out of the loss
 
 # Loss
@@ -128,12 +126,13 @@ def is_dead(rewards, group_size):
 def overlong_penalty(completion_lengths):
     """Soft overlong punishment, eq. 13, which is added to the reward: tokens (B,) -> (B,), in [−1, 0].
 
-    0 up to MAX_COMPLETION_TOKENS − OVERLONG_CACHE tokens, then falling linearly to −1 at MAX_COMPLETION_TOKENS.
+    0 up to MAX_COMPLETION_TOKENS − OVERLONG_CACHE tokens, then falling linearly to −1 at MAX_COMPLETION_TOKENS. A cache
+    larger than the limit is the whole of it.
     """
     if OVERLONG_CACHE == 0:
         return torch.zeros(completion_lengths.shape)
-    over = completion_lengths - (MAX_COMPLETION_TOKENS - OVERLONG_CACHE)
-    return -(over / OVERLONG_CACHE).clamp(0, 1)
+    cache = min(OVERLONG_CACHE, MAX_COMPLETION_TOKENS)
+    return -((completion_lengths - (MAX_COMPLETION_TOKENS - cache)) / cache).clamp(0, 1)
 
 
 def completions_in_loss(truncated):
@@ -494,8 +493,8 @@ class DAPOTrainer:
             if len(self.drawn) > MAX_RESAMPLES:
                 right = torch.cat([rollouts.rewards > 0 for rollouts in self.drawn]).double().mean()
                 raise InputError(
-                    f"{len(self.drawn)} rounds of {BATCH_SIZE} prompts left {len(groups)} groups with unequal rewards, "
-                    f"and a batch needs {BATCH_SIZE}; {right:.0%} of the completions were right: give prompts of "
+                    f"{len(self.drawn)} x {BATCH_SIZE} prompts left {len(groups)} groups with unequal rewards, and a "
+                    f"batch needs {BATCH_SIZE}; {right:.0%} of the completions were right: give prompts of "
                     "medium difficulty, or larger groups, raise --max-resamples, or set --no-dynamic-sampling"
                 )
             self.rounds += 1
@@ -691,6 +690,8 @@ class DAPOTrainer:
             try:
                 metrics = self.train_step(step)
             except InputError as error:
+                if step > 1:
+                    plotting.draw_run(self.run.folder)
                 folder = self.run.save_model(f"checkpoints/step-{step - 1}", self.policy, self.tokenizer)
                 raise InputError(f"step {step}: {error}; the model as it was before this step is in {folder}") from None
             evaluating = step == MAX_STEPS or EVAL_EVERY > 0 and step % EVAL_EVERY == 0

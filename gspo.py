@@ -644,6 +644,8 @@ class GSPOTrainer:
             try:
                 metrics = self.train_step(step)
             except InputError as error:
+                if step > 1:
+                    plotting.draw_run(self.run.folder)
                 folder = self.run.save_model(f"checkpoints/step-{step - 1}", self.policy, self.tokenizer)
                 raise InputError(f"step {step}: {error}; the model as it was before this step is in {folder}") from None
             evaluating = step == MAX_STEPS or EVAL_EVERY > 0 and step % EVAL_EVERY == 0

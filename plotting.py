@@ -147,7 +147,7 @@ def compare_runs(folders, path=None):
             if key == "reward":
                 axis.plot([e[0] for e in evaluations], [e[1] for e in evaluations], "o", color=colour)
     for (key, _, _), axis in zip(PANELS, axes, strict=True):
-        _log_if_spiky(axis, key, [value for line in axis.lines for value in line.get_ydata()])
+        _log_if_spiky(axis, key, [value for line in axis.lines if any(line.get_ydata()) for value in line.get_ydata()])
     axes[3].set_title("Reward (line) and held-out accuracy, sampled (dots)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(folders)))
     return _save(figure, path)
@@ -230,7 +230,8 @@ def _evaluations(axis, evaluations):
 
 def _log_if_spiky(axis, key, values):
     """A log scale for a KL panel where one rare token makes a spike that would flatten the rest."""
-    if key.startswith("kl") and min(values) > 0 and max(values) > 20 * median(values):
+    values = [value for value in values if value == value]  # without NaN, of runs that have no KL
+    if key.startswith("kl") and values and min(values) > 0 and max(values) > 20 * median(values):
         axis.set_yscale("log")
 
 

@@ -2,14 +2,17 @@
 
     python benchmarks/compare.py                          gspo.py, grpo.py and dapo.py, seeds 0 to 4 of each, in turn
     python benchmarks/compare.py --seeds 0 1 --flags "--rewards exact_match"
+    python benchmarks/compare.py --runs FOLDER            keep the runs there, and do not repeat those already there
 
 Prints accuracy after N completions, mean and standard deviation over the seeds, interpolated between evaluations; which
-differences an exact permutation test tells from chance; and how many seeds end at 0.90 or more, sampled and greedy.
-Draws docs/comparison.png: mean and range over the seeds, against completions and against wall time.
+differences exceed the spread over the seeds, by an exact permutation test with Holm's correction for their number; and
+how many seeds end at 0.90 or more, sampled and greedy. Draws docs/comparison.png: mean and range over the seeds, against
+completions and against the seconds of the training steps, evaluation left out.
 """
 
 import argparse
 import itertools
+import json
 import shlex
 import statistics
 import sys
@@ -32,16 +35,16 @@ EVERY = 5  # steps between evaluations
 class Curve:
     """Accuracy of one run against the completions sampled, and the seconds of its training steps, so far."""
 
-    def __init__(self, rows, wall):
+    def __init__(self, rows):
         completions = np.cumsum([row.get("sampled_completions", 0) for row in rows])
         seconds = np.cumsum([sum(v for k, v in row.items() if k.startswith("seconds_")) for row in rows])
         at = [i for i, row in enumerate(rows) if "eval_accuracy" in row]
-        self.completions, self.seconds, self.wall = completions[at], seconds[at], wall
+        self.completions, self.seconds = completions[at], seconds[at]
         self.accuracy = {kind: np.array([rows[i][kind] for i in at]) for kind in KINDS}
 
     def after(self, kind, completions):
-        assert completions <= self.completions[-1], "the run ended before that many completions"
-        return float(np.interp(completions, self.completions, self.accuracy[kind]))
+        """Accuracy after that many completions, NaN where the run ended before."""
+        return float(np.interp(completions, self.completions, self.accuracy[kind], right=float("nan")))
 
 
 def chance(first, second):
@@ -56,39 +59,56 @@ def chance(first, second):
     return apart / len(splits)
 
 
+def holm(chances, level=0.05):
+    """The tests that are still significant at the level, all together (Holm 1979)."""
+    significant = set()
+    for rank, (key, p) in enumerate(sorted(chances.items(), key=lambda item: item[1])):
+        if p > level / (len(chances) - rank):
+            break
+        significant.add(key)
+    return significant
+
+
 def print_tables(curves):
     for kind, how in KINDS.items():
         print(f"\nHeld-out accuracy, {how}, after N sampled completions\n")
         print("| script | " + " | ".join(f"N = {n}" for n in BUDGETS) + " |\n|---|" + "---|" * len(BUDGETS))
         for script, runs in curves.items():
             values = [[curve.after(kind, n) for curve in runs] for n in BUDGETS]
-            cells = [f"{statistics.mean(v):.3f} ± {statistics.stdev(v):.3f}" for v in values]
+            cells = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" for v in values]
             print(f"| {script} | " + " | ".join(cells) + " |")
-    print("\nDifferences (p of an exact permutation test over the seeds; below 0.05 in bold)\n")
     columns = [(kind, n) for kind in KINDS for n in BUDGETS]
-    print("| pair | " + " | ".join(f"{KINDS[kind]}, {n}" for kind, n in columns) + " |\n|---|" + "---|" * len(columns))
-    for first, second in itertools.combinations(curves, 2):
-        cells = []
+    pairs, tests = list(itertools.combinations(curves, 2)), {}
+    for first, second in pairs:
         for kind, n in columns:
             a, b = ([curve.after(kind, n) for curve in curves[script]] for script in (first, second))
-            p, mark = chance(a, b), "**" if chance(a, b) < 0.05 else ""
-            cells.append(f"{mark}{statistics.mean(a) - statistics.mean(b):+.3f} ({p:.3f}){mark}")
+            tests[first, second, kind, n] = (statistics.mean(a) - statistics.mean(b), chance(a, b))
+    exceeding = holm({key: p for key, (_, p) in tests.items()})
+    print(
+        f"\nDifferences, and p of an exact permutation test; bold where Holm's correction for {len(tests)} tests leaves"
+    )
+    print("p below 0.05\n")
+    print("| pair | " + " | ".join(f"{KINDS[kind]}, {n}" for kind, n in columns) + " |\n|---|" + "---|" * len(columns))
+    for first, second in pairs:
+        cells = []
+        for column in columns:
+            difference, p = tests[first, second, *column]
+            mark = "**" if (first, second, *column) in exceeding else ""
+            cells.append(f"{mark}{difference:+.3f} ({p:.3f}){mark}")
         print(f"| {first} − {second} | " + " | ".join(cells) + " |")
     print("\nWhole runs\n")
-    print("| script | completions | sampled at the end | greedy at the end | seeds at 0.90, both | wall s, median |")
+    print(
+        "| script | completions | sampled at the end | greedy at the end | seeds at 0.90, both | seconds of the steps |"
+    )
     print("|---|---|---|---|---|---|")
     for script, runs in curves.items():
         ends = {kind: [curve.accuracy[kind][-1] for curve in runs] for kind in KINDS}
         reached = sum(min(pair) >= 0.90 for pair in zip(*ends.values(), strict=True))
-        completions = [int(curve.completions[-1]) for curve in runs]
-        span = (
-            f"{min(completions)}"
-            if min(completions) == max(completions)
-            else f"{min(completions)} to {max(completions)}"
-        )
+        completions = sorted({int(curve.completions[-1]) for curve in runs})
+        span = " to ".join(str(n) for n in sorted({completions[0], completions[-1]}))
         cells = [f"{min(values):.3f} to {max(values):.3f}" for values in ends.values()]
-        wall = statistics.median(curve.wall for curve in runs)
-        print(f"| {script} | {span} | {cells[0]} | {cells[1]} | {reached} of {len(runs)} | {wall:.0f} |")
+        seconds = statistics.median(curve.seconds[-1] for curve in runs)
+        print(f"| {script} | {span} | {cells[0]} | {cells[1]} | {reached} of {len(runs)} | {seconds:.0f} |")
 
 
 def draw(curves, path):
@@ -122,18 +142,26 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of the scripts, in one string")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "comparison.png")
+    parser.add_argument("--runs", type=Path, help="folder that keeps the metrics of each run")
     arguments = parser.parse_args()
+    if len(set(arguments.seeds)) < 2:
+        parser.error("--seeds: give at least two, a spread needs them")
     curves = {script: [] for script in arguments.scripts}
-    for seed in arguments.seeds:
-        for script in arguments.scripts:  # in turn, so that a busy moment of the machine meets them all
-            with tempfile.TemporaryDirectory() as outputs:
-                rows, wall = run(script, seed, ["--eval-every", str(EVERY), *arguments.flags], Path(outputs))
-            curves[script].append(Curve(rows, wall))
-            ends = ", ".join(f"{rows[-1][kind]:.3f} {how}" for kind, how in KINDS.items())
-            print(
-                f"{script}, seed {seed}: {curves[script][-1].completions[-1]} completions, {ends}, {wall:.0f} s",
-                flush=True,
-            )
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = arguments.runs or Path(temporary)
+        for seed in arguments.seeds:
+            for script in arguments.scripts:  # in turn, so that a busy moment of the machine meets them all
+                path = kept / f"{Path(script).stem}-{seed}.json"
+                if not path.is_file():
+                    with tempfile.TemporaryDirectory() as outputs:
+                        rows, _ = run(script, seed, ["--eval-every", str(EVERY), *arguments.flags], Path(outputs))
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(json.dumps(rows))
+                curve = Curve(json.loads(path.read_text()))
+                curves[script].append(curve)
+                ends = ", ".join(f"{curve.accuracy[kind][-1]:.3f} {how}" for kind, how in KINDS.items())
+                seconds = f"{curve.seconds[-1]:.0f} s"
+                print(f"{script}, seed {seed}: {curve.completions[-1]} completions, {ends}, {seconds}", flush=True)
     print_tables(curves)
     draw(curves, arguments.picture)
     print(f"\n{arguments.picture}")

@@ -19,9 +19,9 @@ import gspo
 
 
 class OneAtATime(gspo.GSPOTrainer):
-    def generate_responses_with_group_sampling(self, rows, step):
+    def generate_responses_with_group_sampling(self, step):
         torch.manual_seed(step)
-        completions = []
+        rows, completions = gspo.prompts_of_step(self.train_rows, step), []
         for row in rows:
             for _ in range(gspo.GROUP_SIZE):
                 ids = torch.tensor([row["prompt_ids"]], device=self.policy_device)

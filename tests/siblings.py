@@ -44,7 +44,7 @@ def sections(text):
 def blocks(section):
     """A section in order: {"": its first lines, "function": ..., "Class": ..., "Class.method": ...}, with all lines.
 
-    The blank lines above a function are its own.
+    The blank lines above a function are its own. What stands between two functions is a block of its own.
     """
     lines = section.splitlines(keepends=True)
 
@@ -54,13 +54,16 @@ def blocks(section):
             first -= 1
         return first
 
-    starts = {"": 1}
+    starts, defined = {"": 1}, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for node in ast.parse(section).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            starts[node.name] = first_line(node)
-        if isinstance(node, ast.ClassDef):
-            methods = (child for child in node.body if isinstance(child, ast.FunctionDef))
-            starts |= {f"{node.name}.{method.name}": first_line(method) for method in methods}
+        if not isinstance(node, defined):
+            continue
+        starts[node.name] = first_line(node)
+        methods = [child for child in node.body if isinstance(node, ast.ClassDef) and isinstance(child, defined)]
+        for child in methods:
+            starts[f"{node.name}.{child.name}"] = first_line(child)
+            starts[f"after {node.name}.{child.name}"] = child.end_lineno + 1
+        starts[f"after {node.name}"] = node.end_lineno + 1
     ends = [*list(starts.values())[1:], len(lines) + 1]
     return {name: "".join(lines[a - 1 : b - 1]) for (name, a), b in zip(starts.items(), ends, strict=True)}
 
@@ -81,11 +84,12 @@ def synced(name, text):
         here, shared, exempt = blocks(own[title]), blocks(section), EXEMPTIONS[name]
         merged = {block: here[block] if block in exempt else lines for block, lines in shared.items()}
         before = ""
-        for block in here:  # functions that gspo.py does not have
-            if block not in shared and block in exempt:
+        for block in here:  # functions that gspo.py does not have, and the ends of those that it has
+            if block not in shared and block.removeprefix("after ") in exempt:
                 order = list(merged)
                 place = order.index(before) + 1
-                merged = {key: merged.get(key, here[block]) for key in [*order[:place], block, *order[place:]]}
+                text = here[block] if block in exempt else ""
+                merged = {key: merged.get(key, text) for key in [*order[:place], block, *order[place:]]}
             before = block if block in merged else before
         result.extend(merged.values())
     return "".join(result)

@@ -20,12 +20,12 @@ over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def flags_of(program):
-    """The flags of `python program`, from its parser."""
+    """The flags of `python program`: of a script from its constants, which its --help is held to below."""
     if program in BY_NAME:
         return {"--" + name.lower().replace("_", "-") for name in CONSTANTS[program]} | {
             "--no-" + name.lower().replace("_", "-")
             for name, value in CONSTANTS[program].items()
-            if value in (True, False)
+            if type(value) is bool
         }
     return set(re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / f"{program}.py").read_text()))
 
@@ -98,11 +98,15 @@ SHARED_FLAGS = (
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_all_scripts_share_their_common_flags(name, capsys):
-    assert {"--" + flag for flag in SHARED_FLAGS} <= flags_of(name)
+def test_help_lists_every_constant_with_its_comment_and_all_scripts_share_their_common_flags(name, capsys):
     with pytest.raises(SystemExit) as exit_:
         BY_NAME[name].main(["--help"])
-    assert exit_.value.code == 0 and all("--" + flag in capsys.readouterr().out for flag in SHARED_FLAGS[:1])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert exit_.value.code == 0
+    assert {"--" + flag for flag in SHARED_FLAGS} <= flags_of(name)
+    for constant, (_, comment, group) in configs.read_constants(vars(BY_NAME[name])).items():
+        assert "--" + constant.lower().replace("_", "-") in shown and comment and group
+        assert "-" in comment or comment in shown  # argparse may break a line at a dash
 
 
 def test_the_walkthrough_runs_and_prints_what_it_shows():

@@ -24,7 +24,7 @@ def equals_of_verl(case):
     """(script, constants) that equal a case of verl's."""
     clip = {"CLIP_LOW": case["clip_low"], "CLIP_HIGH": case["clip_high"]}
     if case["algo"] == "gspo":
-        return [(gspo, clip)]
+        return [(gspo, {**clip, "RATIO_LEVEL": level}) for level in ("sequence", "sequence_token")]
     if case["algo"] != "token":
         return []  # cispo, which no script here implements
     how, dual_clip = OF_VERL[case["aggregate"]], case["dual_clip"] if case["dual_clip"] < 1e8 else 0.0
@@ -42,7 +42,7 @@ def equals_of_trl(case):
     if case["loss_type"] not in OF_TRL:
         return []  # cispo
     if case["level"] == "sequence":
-        return [(gspo, clip), (gspo, {**clip, "RATIO_LEVEL": "sequence_token"})]
+        return [(gspo, {**clip, "RATIO_LEVEL": level}) for level in ("sequence", "sequence_token")]
     how, divisor = OF_TRL[case["loss_type"]], case["max_completion_length"]
     grpos = {"LOSS_AGGREGATION": how, "LOSS_DIVISOR": divisor, "DUAL_CLIP": case["delta"] or 0.0}
     equal = [(grpo, {**clip, **grpos})]
@@ -77,7 +77,7 @@ def test_loss_gradient_and_clip_fraction_equal_verl(golden):
             if case["algo"] == "token":  # verl counts the tokens of a clipped sequence for GSPO, we the sequences
                 assert stats["clip_fraction"].item() == pytest.approx(case["stats"]["actor/pg_clipfrac"], rel=1e-6)
             compared.append(script)
-    assert [compared.count(script) for script in SCRIPTS] == [5, 9, 4]
+    assert [compared.count(script) for script in SCRIPTS] == [8, 9, 4]
 
 
 @over_golden

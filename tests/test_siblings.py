@@ -44,7 +44,7 @@ def test_a_script_is_its_sections_and_a_section_is_its_blocks():
 
 def test_drift_is_undone_and_an_own_function_is_kept(monkeypatch):
     text = (siblings.ROOT / "grpo.py").read_text()
-    drifted = text.replace("def assemble(", "def kept():\n    return 1\n\n\ndef assemble(").replace("top_p", "top_q")
+    drifted = text.replace("def assemble(", "def kept():\n    return 1\n\n\ndef assemble(")
     drifted = drifted.replace("self.optimizer.step()", "pass")
     assert siblings.synced("grpo", drifted) == text
     monkeypatch.setitem(siblings.EXEMPTIONS, "grpo", {"kept": "because a test of the exemptions asks for it"})
