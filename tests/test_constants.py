@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import configs
+import dapo
 import gspo
 
 
@@ -27,6 +28,12 @@ def assert_refused(capsys, tmp_path, words, *argv):
     for word in words:
         assert word in err, err
     assert not (tmp_path / "outputs").exists()
+
+
+def test_an_aggregation_without_its_divisor_is_refused():
+    dapo.LOSS_AGGREGATION = "constant"
+    with pytest.raises(configs.InputError, match="LOSS_DIVISOR"):
+        configs.validate(vars(dapo))
 
 
 # ---- Overrides

@@ -112,11 +112,11 @@ def test_at_the_cap_the_run_stops_with_one_line_and_the_model_is_kept(small, mon
         small.main([])
     err = capsys.readouterr().err.splitlines()[-1]
     assert exit_.value.code == 2
-    for words in ("error: step 2: 3 rounds of 4 prompts", "100% of the completions were right",
+    for words in ("error: step 2: 3 x 4 prompts", "100% of the completions were right",
                   "--max-resamples", "--no-dynamic-sampling", "checkpoints/step-1"):  # fmt: skip
         assert words in err
     (model,) = (configs.HERE / small.OUTPUT_DIR).glob("dapo-*/checkpoints/step-1/model.safetensors")
-    assert model.stat().st_size > 1e6
+    assert model.stat().st_size > 1e6 and (model.parents[2] / "metrics.png").is_file()
 
 
 # ---- Overlong completions
@@ -127,6 +127,8 @@ def test_the_overlong_penalty_is_that_of_the_paper():
     lengths = torch.tensor([1, 16383, 16384, 16385, 18432, 20479, 20480])
     expected = [0, 0, 0, -1 / 4096, -0.5, -4095 / 4096, -1]
     assert dapo.overlong_penalty(lengths).tolist() == pytest.approx(expected)
+    dapo.MAX_COMPLETION_TOKENS = 1024  # a cache larger than the limit is the whole of it
+    assert dapo.overlong_penalty(torch.tensor([512, 1024])).tolist() == [-0.5, -1]
     dapo.OVERLONG_CACHE = 0
     assert dapo.overlong_penalty(lengths).tolist() == [0] * 7
 

@@ -225,6 +225,17 @@ def test_the_picture_has_eight_titled_panels_with_axes_named():
         assert list(axis.lines[0].get_ydata()) == values
 
 
+def test_a_run_without_a_kl_beside_one_with_a_spike_leaves_the_log_scale(tmp_path):
+    folders = [tmp_path / "with", tmp_path / "without"]
+    for folder, kls in zip(folders, ([0.1] * 8 + [1e4], [None] * 9), strict=True):
+        folder.mkdir()
+        rows = [{key: 0.1 for key, _, _ in plotting.PANELS} | {"step": i} for i in range(1, 10)]
+        rows = [row | {"kl_divergence": kl, "kl_loss": kl or 0.0} for row, kl in zip(rows, kls, strict=True)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scales = {axis.get_title(): axis.get_yscale() for axis in plotting.compare_runs(folders).axes}
+    assert scales["KL divergence to the reference"] == scales["KL loss"] == "log"
+
+
 def test_a_spike_of_the_kl_is_drawn_on_a_log_scale():
     series = [[0.1] * 9 for _ in range(8)]
     series[5] = [0.1] * 8 + [1e4]

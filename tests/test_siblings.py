@@ -50,3 +50,12 @@ def test_drift_is_undone_and_an_own_function_is_kept(monkeypatch):
     monkeypatch.setitem(siblings.EXEMPTIONS, "grpo", {"kept": "because a test of the exemptions asks for it"})
     result = siblings.synced("grpo", drifted)
     assert "def kept():\n    return 1\n\n\ndef assemble(" in result and "self.optimizer.step()" in result
+
+
+@pytest.mark.parametrize("line", ["VALUE = 1\n", "async def f():\n    pass\n"])
+def test_what_stands_after_an_exempt_function_is_not_exempt(line):
+    text = (siblings.ROOT / "dapo.py").read_text()
+    start = text.index("def sample_tokens")
+    assert siblings.synced("dapo", text[:start] + line + "\n\n" + text[start:]) == text
+    start = text.index("    # -- Around the steps")
+    assert siblings.synced("dapo", text[:start] + "    value = 1\n\n" + text[start:]) == text
