@@ -82,7 +82,8 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
     assert str(folder / "metrics.png") in out and out.count("    before ") == out.count("    after ") == 3
 
 
-def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small_script):
+def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small_script, monkeypatch):
+    monkeypatch.setattr(plotting, "draw_run", lambda folder: None)  # takes longer than the training
     small_script.MAX_STEPS, runs = 3, []
     for seed in (0, 0, 1):
         small_script.SEED = seed
