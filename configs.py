@@ -12,13 +12,53 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).resolve().parent
 
-# Named sets of constants. A preset changes only what it lists; flags given beside it win over it.
+# Named sets of constants. A preset changes only what it lists, and "gspo.CLIP_LOW" only in gspo.py; flags given beside
+# it win over it.
+_GSM8K = {
+    "POLICY_MODEL": "Qwen/Qwen3-0.6B",
+    "PROMPTS": "openai/gsm8k",
+    "PROMPTS_CONFIG": "main",
+    "PROMPTS_SPLIT": "train",
+    "EVAL_PROMPTS": "openai/gsm8k",
+    "EVAL_SPLIT": "test",
+    "PROMPT_COLUMN": "question",
+    "ANSWER_COLUMN": "answer",
+    "SYSTEM_PROMPT": "Reason step by step. End with a line that holds #### and the answer, a number.",
+    "REWARDS": "math 1.0, format 0.1",
+    "EVAL_REWARD": "math",
+    "GROUP_SIZE": 8,
+    "BATCH_SIZE": 16,
+    "MAX_PROMPT_TOKENS": 512,
+    "MAX_COMPLETION_TOKENS": 1024,
+    "SAMPLED_AT_ONCE": 16,
+    "ADVANTAGE_TYPE": "normalized",
+    "ENTROPY_COEF": 0.0,
+    "LEARNING_RATE": 1e-6,
+    "LR_SCHEDULE": "constant",
+    "WARMUP_STEPS": 10,
+    "MICRO_BATCH_TOKENS": 8192,
+    "GRADIENT_CHECKPOINTING": True,
+    "MAX_STEPS": 400,
+    "EVAL_EVERY": 50,
+    "EVAL_SAMPLES": 1,
+    "SAVE_EVERY": 50,
+    "gspo.CLIP_LOW": 3e-4,
+    "gspo.CLIP_HIGH": 4e-4,
+    "gspo.KL_COEF": 0.0,
+    "gspo.ADAPTIVE_KL": False,
+    "grpo.LOSS_DIVISOR": 1024,
+    "dapo.OVERLONG_CACHE": 256,
+}
 PRESETS = {
     "smoke": {"MAX_STEPS": 2, "BATCH_SIZE": 4, "EVAL_SIZE": 16, "EVAL_SAMPLES": 2, "WARMUP_STEPS": 0},
+    "gsm8k": _GSM8K,
+    "gsm8k-reward-model": {
+        **_GSM8K,
+        "REWARD_MODEL": "Skywork/Skywork-Reward-V2-Qwen3-0.6B",
+        "REWARDS": "reward_model",
+    },
 }
 
 
@@ -112,7 +152,9 @@ def apply_overrides(namespace, argv=None):
     preset = given.get("PRESET", namespace.get("PRESET", ""))
     if preset and preset not in PRESETS:
         raise InputError(f"--preset {preset}: there is no such preset; choose one of {', '.join(sorted(PRESETS))}")
+    script = Path(namespace["__file__"]).stem
     for name, value in PRESETS.get(preset, {}).items():
+        name = name.removeprefix(f"{script}.")
         if name not in given and name in constants and namespace[name] != value:
             print(f"preset {preset}: {name} = {value!r}  (was {namespace[name]!r})")
             namespace[name] = value
@@ -157,6 +199,21 @@ RULES = {
     "OVERLONG_FILTER": (bool, (True, False), None),
     "DUAL_CLIP": (float, lambda v: v == 0 or 1 < v < math.inf, "0 for off, or a bound above 1 such as 3"),
     "KL_ESTIMATOR": (str, ("k1", "k2", "k3", "ratio_k3"), None),
+    "POLICY_DTYPE": (str, ("float32", "bfloat16"), None),
+    "FROZEN_DTYPE": (str, ("auto", "float32", "bfloat16"), None),
+    "TRUST_REMOTE_CODE": (bool, (True, False), None),
+    "PROMPTS_CONFIG": (str, lambda v: True, ""),
+    "EVAL_PROMPTS": (str, lambda v: True, ""),
+    "SYSTEM_PROMPT": (str, lambda v: True, ""),
+    "EVAL_SHARE": (float, lambda v: 0 < v < 1, "a share of the prompts, in (0, 1)"),
+    "THINKING": (bool, (True, False), None),
+    "SAMPLED_AT_ONCE": (int, _not_negative, "0 for all together, or a number of completions"),
+    "MAX_PROMPT_TOKENS": (int, _not_negative, "0 for no limit of its own, or at least 1 token"),
+    "LOGITS_AT_ONCE": (int, _positive, "at least 1; 2**26 logits in float32 are a quarter of a GB"),
+    "GRADIENT_CHECKPOINTING": (bool, (True, False), None),
+    "LORA_RANK": (int, _not_negative, "0 to train all weights, or a rank such as 16"),
+    "LORA_ALPHA": (float, _positive, "positive; twice the rank is usual"),
+    "MERGE_LORA": (bool, (True, False), None),
     "LR_SCHEDULE": (str, ("constant", "linear", "cosine"), None),
     "LEARNING_RATE": (float, _positive, "positive: 1e-6 for a large model, 1e-3 for a tiny one"),
     "WARMUP_STEPS": (int, _not_negative, "0 or more steps"),
@@ -170,6 +227,10 @@ RULES = {
     "EVAL_EVERY": (int, _not_negative, "0 or more steps; 0 evaluates only before the first step and at the end"),
     "EVAL_SIZE": (int, _positive, "at least 1 held-out prompt"),
     "EVAL_SAMPLES": (int, _positive, "at least 1 completion per held-out prompt"),
+    "PASS_AT": (int, _positive, "at least 1"),
+    "TENSORBOARD": (bool, (True, False), None),
+    "SELFTEST": (bool, (True, False), None),
+    "WANDB_PROJECT": (str, lambda v: True, ""),
     "SAVE_EVERY": (int, _not_negative, "0 or more steps; 0 saves only at the end"),
     "SAMPLE_GROUPS": (int, _not_negative, "0 or more groups per step"),
     "ADAPTIVE_KL": (bool, (True, False), None),
@@ -177,7 +238,10 @@ RULES = {
     "SEED": (int, lambda v: 0 <= v < 2**63, "in [0, 2^63)"),
 }
 
-_NAMES = "POLICY_MODEL REWARD_MODEL PROMPTS EVAL_PROMPTS PROMPT_COLUMN ANSWER_COLUMN REWARDS EVAL_REWARD OUTPUT_DIR"
+_NAMES = (
+    "POLICY_MODEL POLICY_REVISION REWARD_MODEL REWARD_REVISION PROMPTS PROMPTS_SPLIT EVAL_SPLIT PROMPT_COLUMN "
+    "ANSWER_COLUMN REWARDS EVAL_REWARD LORA_TARGETS OUTPUT_DIR"
+)
 RULES |= dict.fromkeys(_NAMES.split(), (str, bool, "a text that is not empty"))
 RULES |= dict.fromkeys(
     ("POLICY_DEVICE", "REF_DEVICE", "REWARD_DEVICE"), (str, bool, 'a device such as "cpu" or "cuda:0"')
@@ -213,6 +277,8 @@ def validate(namespace):
 
 def check_device(name, value):
     """Raises InputError unless this machine has that device."""
+    import torch  # here, for the processes that run rewards need nothing of it
+
     try:
         device = torch.device(value)
         there = device.type == "cpu" or device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
@@ -228,6 +294,8 @@ def choose_devices(policy, ref, reward):
 
     `cuda:0` and `cuda:1`, the shipped defaults, fall back to one GPU or to the CPU. Any other device must exist.
     """
+    import torch
+
     wanted = {"POLICY_DEVICE": policy, "REF_DEVICE": ref, "REWARD_DEVICE": reward}
     gpus = torch.cuda.device_count()
     chosen = {
@@ -250,10 +318,16 @@ def find_path(value, name):
     raise InputError(f"{name} = {value!r}: no such file or folder; give --{name.lower().replace('_', '-')} PATH")
 
 
+def is_hub_id(value):
+    """Whether a name is `owner/name` of the Hub rather than a path: neither it nor its owner is there as a file."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+        return False
+    return not any((place / part).exists() for place in (Path(), HERE) for part in (value, value.split("/")[0]))
+
+
 def find_model(value, name):
     """A local folder, or the id of a model on the Hub (`owner/name`). Raises InputError if it can be neither."""
-    owner = value.split("/")[0]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not Path(owner).exists() and not (HERE / owner).exists():
+    if is_hub_id(value):
         return value
     path = find_path(value, name)
     if not (path / "config.json").is_file():

@@ -35,24 +35,38 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import configs
+import page
 import plotting
 from configs import InputError
-from loading import check_head, encode_prompts, end_of_sequence_ids, load_model, load_prompts, load_tokenizer
-from rewards import find_reward, parse_rewards
-from runs import Run
+from loading import load_all, save_policy
+from rewards import Rewards, find_reward, parse_rewards
+from runs import Run, accuracy_metrics, samples_of, speed_metrics
+from selftest import selftest
 
 # ---- Constants -------------------------------------------------------------------------------------------------------
 
 # Models and data
 POLICY_MODEL = "data/models/arithmetic-policy"  # folder or Hub id of the model to train
+POLICY_REVISION = "main"  # branch, tag or commit of a Hub id
+POLICY_DTYPE = "float32"  # of the weights that train; "bfloat16" halves them, and swallows most updates below 1e-5
 REWARD_MODEL = "data/models/arithmetic-reward"  # folder or Hub id of a sequence classifier with one logit
-PROMPTS = "data/arithmetic/train.jsonl"  # training prompts, one JSON object per line
-EVAL_PROMPTS = "data/arithmetic/test.jsonl"  # held-out prompts
-PROMPT_COLUMN = "prompt"  # field that holds the prompt
+REWARD_REVISION = "main"  # branch, tag or commit of a Hub id
+FROZEN_DTYPE = "auto"  # of reference and reward model; "auto" is bfloat16 on a GPU and float32 elsewhere
+TRUST_REMOTE_CODE = False  # run Python code that comes with a model
+PROMPTS = "data/arithmetic/train.jsonl"  # training prompts: a JSONL, JSON or Parquet file, or a Hub id of a dataset
+PROMPTS_CONFIG = ""  # configuration of a Hub dataset, such as "main"
+PROMPTS_SPLIT = "train"  # split of a Hub dataset
+EVAL_PROMPTS = "data/arithmetic/test.jsonl"  # held-out prompts, of the same kinds; "" holds out some of PROMPTS
+EVAL_SPLIT = "test"  # split of a Hub dataset
+EVAL_SHARE = 0.05  # share of PROMPTS that is held out where EVAL_PROMPTS is ""
+PROMPT_COLUMN = "prompt"  # field that holds the prompt, a text or a list of chat messages
 ANSWER_COLUMN = "answer"  # field that holds the answer, for rule rewards and evaluation
+SYSTEM_PROMPT = ""  # first message of each chat, if any
+THINKING = False  # ask a chat template that knows the word to open with a thinking section
 REWARDS = "reward_model"  # what is maximised: names from rewards.py with weights, "reward_model 1.0, exact_match 0.5"
 EVAL_REWARD = "exact_match"  # rule of rewards.py that says whether a held-out completion is right (1) or not (0)
 PRESET = ""  # name of a set of constants in configs.py, such as "smoke"
@@ -65,7 +79,9 @@ REWARD_DEVICE = "cuda:1"  # reward model
 # Sampling
 GROUP_SIZE = 8  # completions per prompt, G
 BATCH_SIZE = 16  # prompts per training step
+MAX_PROMPT_TOKENS = 0  # tokens; longer prompts are left out; 0 is what the model's context leaves
 MAX_COMPLETION_TOKENS = 64  # tokens; a completion without an end by then is truncated
+SAMPLED_AT_ONCE = 0  # completions; fewer need less memory for keys and values; 0 samples a step's all together
 TEMPERATURE = 1.0  # divides the logits, in sampling and in all log-probs alike
 TOP_P = 1.0  # nucleus sampling; below 1 the ratio is biased, for the log-probs are those of the full distribution
 
@@ -90,13 +106,26 @@ WEIGHT_DECAY = 0.0  # AdamW's
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 MICRO_BATCH_TOKENS = 1024  # tokens per forward pass, padding included; more is faster on a GPU, less saves memory
 
+LOGITS_AT_ONCE = 2**26  # logits alive at once in training, tokens x vocabulary: a quarter of a GB
+GRADIENT_CHECKPOINTING = False  # compute activations again in the backward pass instead of keeping them
+
+# LoRA
+LORA_RANK = 0  # rank of the adapters that train in place of the weights; 0 trains all weights
+LORA_ALPHA = 32.0  # an adapter counts by LORA_ALPHA / LORA_RANK
+LORA_TARGETS = "all-linear"  # all linear layers but the head, or names such as "q_proj v_proj"
+MERGE_LORA = True  # final/ holds the whole model with the adapters added in; else the adapters alone
+
 # Run
 MAX_STEPS = 80  # training steps
 EVAL_EVERY = 20  # steps between evaluations; 0 evaluates only before the first step and at the end
 EVAL_SIZE = 256  # held-out prompts per evaluation
-EVAL_SAMPLES = 4  # completions per held-out prompt for eval_accuracy
+EVAL_SAMPLES = 4  # completions per held-out prompt for eval_accuracy and eval_pass_at_k
+PASS_AT = 2  # k of eval_pass_at_k, at most EVAL_SAMPLES
 SAVE_EVERY = 0  # steps between checkpoints; 0 saves only final/
-SAMPLE_GROUPS = 2  # groups per step written to samples.jsonl
+SAMPLE_GROUPS = 2  # groups per step written to samples.jsonl and shown in samples.html
+TENSORBOARD = True  # write event files into the run's folder, if the tensorboard package is there
+WANDB_PROJECT = ""  # project of Weights & Biases to log to; "" is none
+SELFTEST = False  # check models, data and rewards in a minute, print a table, and train nothing
 SEED = 0  # of everything random
 OUTPUT_DIR = "outputs"  # a run is OUTPUT_DIR/gspo-<time>/
 
@@ -269,13 +298,21 @@ def micro_batches(lengths, token_budget):
         first += size
 
 
+def token_logps(hidden, targets, head, with_entropy):
+    """log π of targets (tokens,) from their hidden states (tokens, H), and the entropy there or, unasked, zeros."""
+    log_probs = (head(hidden).float() / TEMPERATURE).log_softmax(-1)  # (tokens, V)
+    logps = log_probs.gather(1, targets[:, None]).squeeze(1)
+    return logps, -(log_probs.exp() * log_probs).sum(-1) if with_entropy else torch.zeros_like(logps)
+
+
 def completion_logps(model, rollouts, rows, with_entropy=False):
     """log π of the sampled tokens of some rows: logps (rows, T) in nats on the model's device, 0 where masked.
 
     Second: the entropy of the full distribution at each of them, (rows, T), or None. The head is applied to completion
-    positions alone. Rows are padded on the right, where a causal model cannot see it, so that no mask is needed.
+    positions alone, LOGITS_AT_ONCE at a time, and again in the backward pass. Rows are padded on the right, where a
+    causal model cannot see it, so that no mask is needed.
     """
-    device = model.device
+    device, head = model.device, model.get_output_embeddings()
     prompt_lengths, completion_mask = rollouts.prompt_lengths[rows], rollouts.completion_mask[rows]
     row, t = completion_mask.nonzero(as_tuple=True)  # (tokens,) each
     position = prompt_lengths[row] + t
@@ -284,14 +321,16 @@ def completion_logps(model, rollouts, rows, with_entropy=False):
     row, t, position, input_ids = (x.to(device) for x in (row, t, position, input_ids))
     with autocast(device):
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, P + T, H)
-        logits = model.get_output_embeddings()(hidden[row, position - 1])  # (tokens, V)
-    log_probs = (logits.float() / TEMPERATURE).log_softmax(-1)
+        hidden = hidden[row, position - 1]  # (tokens, H)
+        size, parts = max(1, LOGITS_AT_ONCE // head.weight.shape[0]), []
+        for chunk in zip(hidden.split(size), targets.split(size), strict=True):
+            if len(targets) <= size:
+                parts.append(token_logps(*chunk, head, with_entropy))
+            else:
+                parts.append(checkpoint(token_logps, *chunk, head, with_entropy, use_reentrant=False))
     blank = torch.zeros(completion_mask.shape, device=device)
-    logps = blank.index_put((row, t), log_probs.gather(1, targets[:, None]).squeeze(1))
-    entropy = None
-    if with_entropy:
-        entropy = blank.index_put((row, t), -(log_probs.exp() * log_probs).sum(-1))
-    return logps, entropy
+    logps, entropy = (blank.index_put((row, t), torch.cat(values)) for values in zip(*parts, strict=True))
+    return logps, entropy if with_entropy else None
 
 
 # ---- Rollouts --------------------------------------------------------------------------------------------------------
@@ -313,6 +352,18 @@ class Rollouts:
     @property
     def lengths(self):
         return self.prompt_lengths + self.completion_lengths
+
+
+def join(parts):
+    """Rollouts as one, padded to the longest."""
+    joined = {}
+    for name, first in vars(parts[0]).items():
+        if first is not None:
+            rows = [row for part in parts for row in getattr(part, name)]
+            if isinstance(first, torch.Tensor):
+                rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if first.dim() > 1 else torch.stack(rows)
+            joined[name] = rows
+    return Rollouts(**joined)
 
 
 def sample_tokens(logits, uniform):
@@ -431,33 +482,20 @@ class GSPOTrainer:
         self.policy_device, self.ref_device, self.reward_device = configs.choose_devices(
             POLICY_DEVICE, REF_DEVICE, REWARD_DEVICE
         )
-        self.reward_weights = parse_rewards(REWARDS)
-        self.eval_reward = find_reward(EVAL_REWARD, "EVAL_REWARD")
-        self.train_rows = load_prompts(PROMPTS, "PROMPTS", PROMPT_COLUMN, ANSWER_COLUMN)
-        self.eval_rows = load_prompts(EVAL_PROMPTS, "EVAL_PROMPTS", PROMPT_COLUMN, ANSWER_COLUMN)[:EVAL_SIZE]
-
-        causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
-        self.tokenizer = load_tokenizer(POLICY_MODEL, "POLICY_MODEL")
-        self.policy = load_model(causal, POLICY_MODEL, "POLICY_MODEL", self.policy_device)
-        self.ref_model = self.reward_model = None
-        if KL_COEF > 0 or ADAPTIVE_KL:
-            self.ref_model = load_model(causal, POLICY_MODEL, "POLICY_MODEL", self.ref_device).requires_grad_(False)
-        if "reward_model" in self.reward_weights:
-            self.reward_tokenizer = load_tokenizer(REWARD_MODEL, "REWARD_MODEL")
-            self.reward_model = load_model(classifier, REWARD_MODEL, "REWARD_MODEL", self.reward_device)
-            self.reward_model.requires_grad_(False)
-            self.reward_model.config.get_text_config().pad_token_id = self.reward_tokenizer.pad_token_id
-            if (logits := self.reward_model.config.num_labels) != 1:
-                raise InputError(f"REWARD_MODEL = {REWARD_MODEL!r} has {logits} logits; give a model with 1")
-        check_head(self.policy, "POLICY_MODEL")
-        self.eos_ids = end_of_sequence_ids(self.policy, self.tokenizer, "POLICY_MODEL")
-        longest = self.policy.config.max_position_embeddings - MAX_COMPLETION_TOKENS
-        encode_prompts(self.train_rows, self.tokenizer, longest, PROMPTS)
-        encode_prompts(self.eval_rows, self.tokenizer, longest, EVAL_PROMPTS)
+        devices, weights = (self.policy_device, self.ref_device, self.reward_device), parse_rewards(REWARDS)
+        find_reward(EVAL_REWARD, "EVAL_REWARD")
+        loaded = load_all(globals(), devices, weights, generator_of("held out"))
+        self.train_rows, self.eval_rows = loaded.train_rows, loaded.eval_rows
+        self.tokenizer, self.eos_ids = loaded.tokenizer, loaded.eos_ids
+        self.policy, self.adapter, self.ref_model = loaded.policy, loaded.adapter, loaded.ref_model
+        self.reward_model = loaded.reward_model
+        self.rewards = Rewards(weights, self.score_with_reward_model)
+        self.eval_reward = Rewards({EVAL_REWARD: 1.0})
 
         elsewhere = {self.ref_device, self.reward_device} - {self.policy_device}
         self.worker = ThreadPoolExecutor(1) if elsewhere else None
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
         self.metrics_history, self.samples = [], []
         self.run = None  # made by train(), so that a run that never started leaves nothing behind
@@ -466,40 +504,22 @@ class GSPOTrainer:
 
     def generate_responses_with_group_sampling(self, step):
         """GROUP_SIZE completions of each of the step's prompts from the policy as it is."""
-        rows = prompts_of_step(self.train_rows, step)
-        return sample_completions(self.policy, self.tokenizer, self.eos_ids, rows, GROUP_SIZE, ("rollout", step))
+        return self.sample(prompts_of_step(self.train_rows, step), ("rollout", step))
 
-    @torch.no_grad()
+    def sample(self, rows, purpose):
+        """GROUP_SIZE completions of each row's prompt, as many prompts at a time as SAMPLED_AT_ONCE has room for."""
+        size, parts = max(1, SAMPLED_AT_ONCE // GROUP_SIZE) if SAMPLED_AT_ONCE > 0 else len(rows), []
+        for i in range(0, len(rows), size):
+            part = (rows[i : i + size], GROUP_SIZE, purpose if i == 0 else (*purpose, i))
+            parts.append(sample_completions(self.policy, self.tokenizer, self.eos_ids, *part))
+        return parts[0] if len(parts) == 1 else join(parts)
+
     def compute_rewards(self, rollouts):
         """The weighted sum of REWARDS, one number per completion: (B,)."""
-        total = torch.zeros(len(rollouts.texts))
-        for name, weight in self.reward_weights.items():
-            if name == "reward_model":
-                scores = self.score_with_reward_model(rollouts)
-            else:
-                reward = find_reward(name, "REWARDS")
-                pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
-                scores = torch.tensor([float(reward(row["prompt"], text, row)) for row, text in pairs])
-            total = total.to(scores.device) + weight * scores
-        return total
+        return torch.tensor(self.rewards(rollouts.prompts, rollouts.texts))
 
-    def score_with_reward_model(self, rollouts):
-        """The reward model's logit for prompt and completion as one text, (B,)."""
-        pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
-        texts = [row["prompt_text"] + text for row, text in pairs]
-        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal completions get equal scores
-        templated = bool(self.tokenizer.chat_template)  # then the special tokens are in the text already
-        ids = self.reward_tokenizer(list(distinct), add_special_tokens=not templated)["input_ids"]
-        lengths = torch.tensor([len(sequence) for sequence in ids])
-        scores = torch.zeros(len(ids), device=self.reward_device)
-        for rows in micro_batches(lengths, MICRO_BATCH_TOKENS):
-            batch = self.reward_tokenizer.pad(
-                {"input_ids": [ids[i] for i in rows]}, return_tensors="pt", padding_side="right"
-            )
-            with autocast(self.reward_device):
-                logits = self.reward_model(**batch.to(self.reward_device)).logits  # (rows, 1)
-            scores[rows.to(self.reward_device)] = logits[:, 0].float()
-        return scores[torch.tensor([distinct[text] for text in texts], device=self.reward_device)]
+    def score_with_reward_model(self, rows, texts):
+        return self.reward_model(rows, texts, lambda lengths: micro_batches(lengths, MICRO_BATCH_TOKENS))
 
     @torch.no_grad()
     def compute_log_probs(self, model, rollouts):
@@ -526,6 +546,7 @@ class GSPOTrainer:
         mask, total = rollouts.completion_mask[rows].to(self.policy_device), loss_weight(rollouts.completion_mask[rows])
         logps, stats = torch.zeros(mask.shape, device=self.policy_device), {}
         self.optimizer.zero_grad()
+        self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
         for part in micro_batches(rollouts.lengths[rows], MICRO_BATCH_TOKENS):
             chosen = rows[part]
             share = loss_weight(rollouts.completion_mask[chosen]) / total
@@ -543,7 +564,8 @@ class GSPOTrainer:
             logps[part] = logps_part.detach()
             for name, loss in losses.items():
                 stats[name] = stats.get(name, 0.0) + share * loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
+        self.policy.eval()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
         self.optimizer.step()
         rows = rows.to(self.policy_device)
         stats |= compute_policy_loss(logps, old_logps[rows], advantages[rows], mask)[1]
@@ -574,6 +596,9 @@ class GSPOTrainer:
             times.append(time.perf_counter())
             rewards, ref_logps = scores.result()
         rewards = rewards.to(self.policy_device)
+        if self.adapter is not None and (KL_COEF > 0 or ADAPTIVE_KL):
+            with self.adapter.disable_adapter():
+                ref_logps = self.compute_log_probs(self.policy, rollouts)
         ref_logps = None if ref_logps is None else ref_logps.to(self.policy_device)
         advantages = compute_relative_advantages(rewards, GROUP_SIZE)
         times.append(time.perf_counter())
@@ -585,10 +610,15 @@ class GSPOTrainer:
                     updates.append(self.update(rollouts, rows, old_logps, ref_logps, advantages))
         metrics = {"step": step, "learning_rate": learning_rate, "kl_coef": self.kl_coef}
         metrics |= self.sampling_metrics(rollouts) | step_metrics(rollouts, rewards, advantages, old_logps, updates)
+        metrics |= self.reward_metrics()
         times.append(time.perf_counter())
         if metrics["kl_divergence"] is not None:
             self.update_kl_coef(metrics["kl_divergence"])
-        self.samples = samples_of(step, rollouts, rewards.tolist(), advantages.tolist())
+        if SAMPLE_GROUPS > 0:
+            first = torch.arange(min(SAMPLE_GROUPS, BATCH_SIZE) * GROUP_SIZE)
+            with torch.no_grad():
+                new_logps, _ = completion_logps(self.policy, rollouts, first)
+            self.samples = samples_of(step, self.tokenizer, rollouts, rewards, advantages, old_logps, new_logps)
         return metrics | speed_metrics(times, metrics["completion_tokens"], self.policy_device)
 
     def sampling_metrics(self, rollouts):
@@ -601,28 +631,33 @@ class GSPOTrainer:
             "truncated": rollouts.truncated.double().mean().item(),
         }
 
+    def reward_metrics(self):
+        """Each reward's mean, the share that failed, and how often the reward model's context was too short."""
+        return self.rewards.report() | ({} if self.reward_model is None else self.reward_model.report())
+
     # -- Around the steps
 
     def evaluate(self):
         """Held-out accuracy by EVAL_REWARD: metrics, and the greedy completions.
 
-        eval_accuracy is pass@1, the mean over EVAL_SAMPLES sampled completions per prompt. The random numbers are the
-        same each time, so that two evaluations differ by the policy alone.
+        From EVAL_SAMPLES sampled completions per prompt, and from a greedy one. The random numbers are the same each
+        time, so that two evaluations differ by the policy alone.
         """
         accuracies = {}
-        for name, group_size in (("eval_accuracy", EVAL_SAMPLES), ("eval_accuracy_greedy", 1)):
+        for greedy, group_size in ((False, EVAL_SAMPLES), (True, 1)):
             right, texts = [], []
-            chunk = max(1, BATCH_SIZE * GROUP_SIZE // group_size)  # as many completions at once as in training
+            chunk = max(1, (SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE) // group_size)  # as many at once as in training
             for first in range(0, len(self.eval_rows), chunk):
                 rows, purpose = self.eval_rows[first : first + chunk], ("evaluation", first)
-                greedy = name == "eval_accuracy_greedy"
                 rollouts = sample_completions(
                     self.policy, self.tokenizer, self.eos_ids, rows, group_size, purpose, greedy
                 )
                 texts += rollouts.texts
-                pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
-                right += [float(self.eval_reward(row["prompt"], text, row)) for row, text in pairs]
-            accuracies[name] = sum(right) / len(right)
+                right += self.eval_reward(rollouts.prompts, rollouts.texts)
+            if greedy:
+                accuracies["eval_accuracy_greedy"] = sum(right) / len(right)
+            else:
+                accuracies |= accuracy_metrics(right, EVAL_SAMPLES, PASS_AT)
         return accuracies, texts
 
     def train(self):
@@ -635,6 +670,7 @@ class GSPOTrainer:
         }
         constants = configs.constant_values(globals()) | {name: str(device) for name, device in devices.items()}
         self.run = Run(OUTPUT_DIR, __file__, constants)
+        self.rewards.log = self.eval_reward.log = self.run.folder / "reward_failures.jsonl"
         print(f"Run folder: {self.run.folder}")
         before, texts_before = self.evaluate()
         self.log({"step": 0} | before)
@@ -645,8 +681,8 @@ class GSPOTrainer:
                 metrics = self.train_step(step)
             except InputError as error:
                 if step > 1:
-                    plotting.draw_run(self.run.folder)
-                folder = self.run.save_model(f"checkpoints/step-{step - 1}", self.policy, self.tokenizer)
+                    self.draw()
+                folder = self.save(f"checkpoints/step-{step - 1}")
                 raise InputError(f"step {step}: {error}; the model as it was before this step is in {folder}") from None
             evaluating = step == MAX_STEPS or EVAL_EVERY > 0 and step % EVAL_EVERY == 0
             if evaluating:
@@ -655,11 +691,11 @@ class GSPOTrainer:
             self.log(metrics)
             self.run.log_samples(self.samples)
             if SAVE_EVERY > 0 and step % SAVE_EVERY == 0:
-                self.run.save_model(f"checkpoints/step-{step}", self.policy, self.tokenizer)
+                self.save(f"checkpoints/step-{step}")
             if step == MAX_STEPS:
-                self.run.save_model("final", self.policy, self.tokenizer)
+                self.save("final", merge=MERGE_LORA)
             if evaluating or time.perf_counter() - drawn > 30:
-                plotting.draw_run(self.run.folder)
+                self.draw()
                 drawn = time.perf_counter()
             if step == min(10, MAX_STEPS):
                 self.warn_about_clip()
@@ -668,20 +704,23 @@ class GSPOTrainer:
                 f"KL {metrics['kl_divergence'] or 0:.3f}, clipped {metrics['clip_fraction'] or 0:.0%}, "
                 f"{metrics['tokens_per_second']:.0f} tokens/s"
             )
-        self.print_summary(before, after, texts_before, texts_after)
+        self.run.print_summary(before, after, self.eval_rows, texts_before, texts_after)
         return self.metrics_history
+
+    def save(self, name, merge=False):
+        return self.run.save(
+            name,
+            lambda folder: save_policy(folder, self.policy, self.adapter, merge),
+            self.tokenizer.save_pretrained,
+        )
+
+    def draw(self):
+        plotting.draw_run(self.run.folder)
+        page.draw_samples(self.run.folder)
 
     def log(self, metrics):
         self.metrics_history.append(metrics)
         self.run.log_metrics(metrics)
-
-    def print_summary(self, before, after, texts_before, texts_after):
-        for name, how in (("eval_accuracy", "sampled"), ("eval_accuracy_greedy", "greedy")):
-            print(f"Held-out accuracy, {how}: {before[name]:.3f} before, {after[name]:.3f} after")
-        for row, old, new in list(zip(self.eval_rows, texts_before, texts_after, strict=True))[:3]:
-            print(f"  {row['prompt']!r} (answer {row['answer']})\n    before {old!r}\n    after  {new!r}")
-        print(f"Model:   {self.run.folder / 'final'}")
-        print(f"Picture: {self.run.folder / 'metrics.png'}")
 
     def warn_about_constants(self):
         """Says so where constants ask for something that cannot work."""
@@ -728,30 +767,6 @@ def step_metrics(rollouts, rewards, advantages, old_logps, updates):
     }
 
 
-def speed_metrics(times, tokens, device):
-    names = ("seconds_rollout", "seconds_reward", "seconds_logps", "seconds_update")
-    seconds = {name: times[i + 1] - times[i] for i, name in enumerate(names)}
-    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    return seconds | {"tokens_per_second": tokens / (times[-1] - times[0]), "peak_memory_gb": memory}
-
-
-def samples_of(step, rollouts, rewards, advantages):
-    """What a reader wants to see of the first SAMPLE_GROUPS groups, a dict per completion."""
-    return [
-        {
-            "step": step,
-            "prompt": rollouts.prompts[i]["prompt"],
-            "completion": rollouts.texts[i],
-            "reward": rewards[i],
-            "advantage": advantages[i],
-            "answer": rollouts.prompts[i]["answer"],
-            "tokens": int(rollouts.completion_lengths[i]),
-            "truncated": bool(rollouts.truncated[i]),
-        }
-        for i in range(min(SAMPLE_GROUPS * GROUP_SIZE, len(rollouts.texts)))
-    ]
-
-
 def learning_rate_at(step):
     """The learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE."""
     if step <= WARMUP_STEPS:
@@ -767,7 +782,11 @@ def learning_rate_at(step):
 def main(argv=None):
     with configs.one_line_errors():
         configs.apply_overrides(globals(), argv)
-        GSPOTrainer().train()
+        trainer = GSPOTrainer()
+        if SELFTEST:
+            selftest(trainer, globals())
+        else:
+            trainer.train()
 
 
 if __name__ == "__main__":

@@ -1,77 +1,153 @@
 """Prompts, models and tokenizers, checked as they are read. What is wrong with them is an InputError, one line."""
 
 import json
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
 
-from configs import InputError, find_model, find_path
+from configs import InputError, find_model, find_path, is_hub_id
 
 transformers.logging.disable_progress_bar()
 huggingface_hub.logging.set_verbosity_error()  # its retries; what comes of them is reported
 
+# What the libraries raise about a file, a name or the network. Anything else is a fault of ours, and shows itself.
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
-def load_prompts(source, name, prompt_column, answer_column):
-    """The rows of a JSONL file: dicts of all fields, with the prompt in "prompt" and the answer, as text, in "answer".
 
-    Raises InputError, with the line's number, if a line is not a JSON object, lacks a column, or has an empty prompt.
+# ---- Prompts
+
+
+def load_prompts(source, name, prompt_column, answer_column, config="", split="train"):
+    """The rows of a JSONL, JSON or Parquet file, or of a dataset on the Hub: dicts of all fields, and of these.
+
+    "prompt": the prompt as text; "messages": the same as a chat, [{"role": ..., "content": ...}]; "answer": as text.
+    A prompt may be given as a text, or as such a list of messages. Raises InputError, with the line's number, where a
+    row is no object, lacks a column, or has an empty prompt or answer.
     """
-    path = find_path(source, name)
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: cannot read {path}: {error}; give a JSONL file in UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}); one object per line") from None
+    rows, where = _read_rows(source, name, config, split)
+    for number, row in enumerate(rows, 1):
+        place = where(number)
         if not isinstance(row, dict):
-            raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}; one object per line")
+            raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}; one object per line")
         for column, constant in ((prompt_column, "PROMPT_COLUMN"), (answer_column, "ANSWER_COLUMN")):
             if column not in row:
                 has = ", ".join(row) or "no fields"
-                raise InputError(f"{where}: no field {column!r}, it has {has}; add it or set {constant}")
-        if not isinstance(row[prompt_column], str) or not row[prompt_column].strip():
-            raise InputError(f"{where}: {prompt_column!r} must be a text that is not empty")
-        if row[answer_column] is None:
-            raise InputError(f"{where}: {answer_column!r} is null; give an answer or remove the line")
-        rows.append({**row, "prompt": row[prompt_column], "answer": str(row[answer_column])})
-    if not rows:
-        raise InputError(f"{name}: {path} holds no prompts; give a JSONL file with one object per line")
-    return rows
-
-
-def encode_prompts(rows, tokenizer, longest, source):
-    """Adds to each row the text that the model sees, by the tokenizer's chat template if it has one, and its ids."""
-    for number, row in enumerate(rows, 1):
-        message = [{"role": "user", "content": row["prompt"]}]
-        if tokenizer.chat_template:
-            row["prompt_text"] = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        else:
-            row["prompt_text"] = row["prompt"]
-        row["prompt_ids"] = tokenizer(row["prompt_text"], add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        if len(row["prompt_ids"]) > longest:
+                raise InputError(f"{place}: no field {column!r}, it has {has}; add it or set {constant}")
+        messages = row[prompt_column]
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if not _is_chat(messages):
             raise InputError(
-                f"{source}, prompt {number}: {len(row['prompt_ids'])} tokens, more than the {longest} that the model's "
-                "context leaves beside MAX_COMPLETION_TOKENS; shorten the prompt or lower --max-completion-tokens"
+                f"{place}: {prompt_column!r} must be a text that is not empty, or messages with role and content"
             )
+        if row[answer_column] is None or not str(row[answer_column]).strip():
+            what = "null" if row[answer_column] is None else "empty"
+            raise InputError(f"{place}: {answer_column!r} is {what}; give an answer or remove the row")
+        text = "\n".join(message["content"] for message in messages)
+        rows[number - 1] = {**row, "prompt": text, "messages": messages, "answer": str(row[answer_column])}
+    if not rows:
+        raise InputError(f"{name} = {source!r} holds no prompts; give at least one")
     return rows
 
 
-def load_model(auto_class, name, constant, device):
-    """A model in float32 and eval mode. Every tensor comes from its safetensors files; none is made up or left over."""
+def _is_chat(messages):
+    try:
+        return any(message["content"].strip() and message["role"] for message in messages) and all(
+            isinstance(message["content"], str) for message in messages
+        )
+    except (TypeError, KeyError, AttributeError):
+        return False
+
+
+def _read_rows(source, name, config, split):
+    """The rows as they are, and a function that says where row N is."""
+    on_hub = is_hub_id(source)
+    path = source if on_hub else find_path(source, name)
+    kind = "" if on_hub else path.suffix.lower().lstrip(".")
+    if on_hub or kind in ("parquet", "json"):
+        import datasets  # here, for it takes a second
+
+        datasets.disable_progress_bars()
+        try:
+            if on_hub:
+                rows = datasets.load_dataset(source, config or None, split=split)
+            else:
+                rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+        except (*LOAD_ERRORS, datasets.exceptions.DatasetsError) as error:
+            what = f", split {split!r}, cannot be loaded" if on_hub else f" cannot be read as {kind}"
+            raise InputError(f"{name} = {str(source)!r}{what}: {error.__cause__ or error}") from None
+        return list(rows), lambda number: f"{path}, row {number}"
+    try:  # JSONL line by line, to say which line is wrong; `datasets` would also fill a missing field with None
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{name}: cannot read {path}: {error}; give JSONL in UTF-8, JSON or Parquet") from None
+    numbers, rows = [number for number, line in enumerate(lines, 1) if line.strip()], []
+    for number in numbers:
+        try:
+            rows.append(json.loads(lines[number - 1]))
+        except (json.JSONDecodeError, RecursionError) as error:
+            at = (
+                f"{error.msg} at column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else "nested too deeply"
+            )
+            raise InputError(f"{path}, line {number}: not JSON ({at}); one object per line") from None
+    return rows, lambda number: f"{path}, line {numbers[number - 1]}"
+
+
+def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=False):
+    """Adds to each row the text that the model sees and its ids; leaves out, and counts, prompts that are too long.
+
+    A tokenizer with a chat template gets the messages, the system prompt before them, and the opening of the answer;
+    one without gets the plain text. longest: tokens, which nothing is ever cut to. Raises InputError if none is left.
+    """
+    kept = []
+    for row in rows:
+        if tokenizer.chat_template:
+            system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+            try:
+                row["prompt_text"] = tokenizer.apply_chat_template(
+                    system + row["messages"], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+                )
+            except Exception as error:  # a template is a program of the model's: it may raise what it likes
+                raise InputError(f"{source}: the chat template refuses {row['messages']!r:.200}: {error}") from None
+        else:
+            row["prompt_text"] = "\n".join(filter(None, [system_prompt, row["prompt"]]))
+        row["prompt_ids"] = tokenizer(row["prompt_text"], add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        if 0 < len(row["prompt_ids"]) <= longest:
+            kept.append(row)
+    if not kept:
+        raise InputError(
+            f"{source}: each prompt is longer than the {longest} tokens that MAX_PROMPT_TOKENS, or the model's context "
+            "beside MAX_COMPLETION_TOKENS, leaves; lower --max-completion-tokens or shorten the prompts"
+        )
+    if len(kept) < len(rows):
+        print(f"{source}: left out {len(rows) - len(kept)} of {len(rows)} prompts, longer than {longest} tokens")
+    return kept
+
+
+# ---- Models and tokenizers
+
+
+def load_model(auto_class, name, constant, device, *, revision="main", dtype=torch.float32, trust=False):
+    """A model in eval mode. Every tensor comes from its safetensors files; none is made up or left over."""
+    flash = device.type == "cuda" and dtype != torch.float32 and transformers.utils.is_flash_attn_2_available()
     try:
         model, info = auto_class.from_pretrained(
-            find_model(name, constant), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            find_model(name, constant),
+            revision=revision,
+            dtype=dtype,
+            attn_implementation="flash_attention_2" if flash else "sdpa",
+            use_safetensors=True,
+            trust_remote_code=trust,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise InputError(f"{constant} = {name!r}: the model cannot be loaded: {error}") from None
     wrong = [f"{what.replace('_', ' ')} {sorted(map(str, keys))[:3]}" for what, keys in info.items() if keys]
     if wrong:
@@ -79,11 +155,49 @@ def load_model(auto_class, name, constant, device):
     return model.to(device).eval()
 
 
-def load_tokenizer(name, constant):
+def add_lora(model, rank, alpha, targets):
+    """Wraps a model in LoRA adapters (Hu et al. 2021, arXiv 2106.09685), the only weights that train: a peft model.
+
+    model itself computes with the adapters from then on; the wrapper saves them and turns them off.
+    """
+    import peft  # here, for it takes seconds
+
+    try:
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=targets if targets == "all-linear" else re.split(r"[,\s]+", targets.strip()),
+            task_type="CAUSAL_LM",
+        )
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"LORA_TARGETS = {targets!r}: {error}; give names of the model's linear layers") from None
+
+
+def save_policy(folder, model, adapter=None, merge=False):
+    """Writes a policy in Hugging Face layout: all weights, or its adapter alone, or the weights with the adapter in."""
+    if adapter is None:
+        model.save_pretrained(folder)
+    elif not merge:
+        adapter.save_pretrained(folder)
+    else:
+        import peft
+
+        weights = {key: value for key, value in model.state_dict().items() if ".lora_" not in key}
+        weights = {key.replace(".base_layer.", "."): value for key, value in weights.items()}
+        for name, module in model.named_modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):  # not merged in place, which would round the weights
+                weights[f"{name}.weight"] = module.get_base_layer().weight + module.get_delta_weight("default")
+        model.save_pretrained(folder, state_dict=weights)
+
+
+def load_tokenizer(name, constant, *, revision="main", trust=False):
     """A tokenizer with a pad token, the end-of-sequence token where it has none of its own."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(find_model(name, constant))
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            find_model(name, constant), revision=revision, trust_remote_code=trust
+        )
+    except LOAD_ERRORS as error:
         raise InputError(f"{constant} = {name!r}: the tokenizer cannot be loaded: {error}") from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -102,12 +216,16 @@ def end_of_sequence_ids(model, tokenizer, constant):
 
 
 @torch.no_grad()
-def check_head(model, constant):
-    """Raises InputError where the model's logits are not its head applied to its last hidden state.
+def check_policy(model, tokenizer, constant):
+    """Raises InputError where the scripts would sample from, and train, another model than the one given.
 
-    The scripts apply the head themselves, to completion positions alone; a model that scales or caps its logits after
-    it would be sampled from, and trained as, another model.
+    They apply the output head themselves, to completion positions alone: a model that scales or caps its logits after
+    it is not supported. And every id of the tokenizer must have an embedding.
     """
+    if len(tokenizer) > (vocabulary := model.get_input_embeddings().num_embeddings):
+        raise InputError(
+            f"{constant}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}; give a pair that fits"
+        )
     ids = torch.arange(4, device=model.device)[None]
     by_hand = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(by_hand, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3):
@@ -115,3 +233,141 @@ def check_head(model, constant):
         raise InputError(
             f"{constant}: {kind} changes its logits after the output head, which the scripts do not support"
         )
+
+
+class RewardModel:
+    """A learned reward: the one logit of a sequence classifier for a prompt and its completion.
+
+    It has its own tokenizer, and sees a chat by its own template where it has one, else prompt and completion as one
+    text. What is longer than the model's context loses its beginning; report() says how often.
+    """
+
+    def __init__(self, model, tokenizer, name):
+        self.model, self.tokenizer = model.requires_grad_(False), tokenizer
+        config = model.config.get_text_config()
+        config.pad_token_id = tokenizer.pad_token_id
+        if model.config.num_labels != 1:
+            raise InputError(f"REWARD_MODEL = {name!r} has {model.config.num_labels} logits; give a model with 1")
+        limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+        self.longest = min(limit for limit in limits if limit)
+        self.seen = self.cut = 0
+
+    @torch.no_grad()
+    def __call__(self, rows, texts, batches):
+        """A score per completion, as a list. batches: a function that splits rows into batches by their lengths."""
+        texts = [self.text_of(row, text) for row, text in zip(rows, texts, strict=True)]
+        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal completions get equal scores
+        whole = self.tokenizer(list(distinct), add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+        cut = [len(ids) > self.longest for ids in whole]
+        self.seen, self.cut = self.seen + len(texts), self.cut + sum(cut[distinct[text]] for text in texts)
+        lengths, device = torch.tensor([min(len(ids), self.longest) for ids in whole]), self.model.device
+        scores = torch.zeros(len(whole), device=device)
+        for rows in batches(lengths):
+            ids = {"input_ids": [whole[i][-self.longest :] for i in rows]}
+            batch = self.tokenizer.pad(ids, return_tensors="pt", padding_side="right").to(device)
+            scores[rows.to(device)] = self.model(**batch).logits[:, 0].float()
+        scores = scores.tolist()
+        return [scores[distinct[text]] for text in texts]
+
+    def text_of(self, row, text):
+        if self.tokenizer.chat_template:
+            chat = [*row["messages"], {"role": "assistant", "content": text}]
+            return self.tokenizer.apply_chat_template(chat, tokenize=False)
+        return row["prompt"] + text
+
+    def report(self):
+        """The share of texts that were cut since the last report."""
+        seen, cut, self.seen, self.cut = self.seen, self.cut, 0, 0
+        return {"reward_cut": cut / max(1, seen)}
+
+
+# ---- All of it
+
+
+@dataclass
+class Loaded:
+    """What a trainer works with."""
+
+    train_rows: list  # prompts, as encode_prompts leaves them
+    eval_rows: list
+    tokenizer: object
+    policy: torch.nn.Module
+    eos_ids: list
+    adapter: object  # peft's, None without LoRA
+    ref_model: torch.nn.Module  # None without a KL term, or where the policy without its adapter is the reference
+    reward_model: RewardModel  # None where REWARDS does not name it
+
+
+def load_all(constants, devices, reward_names, generator):
+    """Prompts, tokenizer and models as the constants say. Raises InputError on whatever cannot be used.
+
+    constants: the script's globals(). devices: of policy, reference and reward model. generator: decides which prompts
+    are held out where EVAL_PROMPTS is "".
+    """
+    c = SimpleNamespace(**{name: value for name, value in constants.items() if name.isupper()})
+    columns = (c.PROMPT_COLUMN, c.ANSWER_COLUMN, c.PROMPTS_CONFIG)
+    train_rows = load_prompts(c.PROMPTS, "PROMPTS", *columns, c.PROMPTS_SPLIT)
+    if c.EVAL_PROMPTS:
+        eval_rows = load_prompts(c.EVAL_PROMPTS, "EVAL_PROMPTS", *columns, c.EVAL_SPLIT)
+    else:
+        count = max(1, round(c.EVAL_SHARE * len(train_rows)))
+        if count >= len(train_rows):
+            raise InputError(f"PROMPTS: {len(train_rows)} prompts are too few to hold some out; give --eval-prompts")
+        order = torch.randperm(len(train_rows), generator=generator).tolist()
+        eval_rows, train_rows = ([train_rows[i] for i in part] for part in (order[:count], order[count:]))
+
+    policy_device, ref_device, reward_device = devices
+    options = {"revision": c.POLICY_REVISION, "trust": c.TRUST_REMOTE_CODE}
+    tokenizer = load_tokenizer(c.POLICY_MODEL, "POLICY_MODEL", **options)
+    causal, dtype = transformers.AutoModelForCausalLM, getattr(torch, c.POLICY_DTYPE)
+    policy = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", policy_device, dtype=dtype, **options)
+    check_policy(policy, tokenizer, "POLICY_MODEL")
+    adapter = ref_model = reward_model = None
+    if c.LORA_RANK > 0:
+        adapter = add_lora(policy, c.LORA_RANK, c.LORA_ALPHA, c.LORA_TARGETS)
+    elif c.KL_COEF > 0 or c.ADAPTIVE_KL:
+        dtype = frozen_dtype(c.FROZEN_DTYPE, ref_device)
+        ref_model = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", ref_device, dtype=dtype, **options)
+        ref_model.requires_grad_(False)
+    if c.GRADIENT_CHECKPOINTING:
+        without_dropout(policy).gradient_checkpointing_enable({"use_reentrant": False})
+        policy.enable_input_require_grads()
+    if "reward_model" in reward_names:
+        options = {"revision": c.REWARD_REVISION, "trust": c.TRUST_REMOTE_CODE}
+        dtype = frozen_dtype(c.FROZEN_DTYPE, reward_device)
+        classifier = transformers.AutoModelForSequenceClassification
+        reward_model = RewardModel(
+            load_model(classifier, c.REWARD_MODEL, "REWARD_MODEL", reward_device, dtype=dtype, **options),
+            load_tokenizer(c.REWARD_MODEL, "REWARD_MODEL", **options),
+            c.REWARD_MODEL,
+        )
+
+    longest = policy.config.get_text_config().max_position_embeddings - c.MAX_COMPLETION_TOKENS
+    longest = min(longest, c.MAX_PROMPT_TOKENS) if c.MAX_PROMPT_TOKENS else longest
+    if longest < 1:
+        raise InputError(
+            f"MAX_COMPLETION_TOKENS = {c.MAX_COMPLETION_TOKENS} leaves no room for a prompt in the model's context of "
+            f"{longest + c.MAX_COMPLETION_TOKENS} tokens; lower --max-completion-tokens"
+        )
+    chat = {"system_prompt": c.SYSTEM_PROMPT, "thinking": c.THINKING}
+    train_rows = encode_prompts(train_rows, tokenizer, longest, c.PROMPTS, **chat)
+    eval_rows = encode_prompts(eval_rows[: c.EVAL_SIZE], tokenizer, longest, c.EVAL_PROMPTS or c.PROMPTS, **chat)
+    eos_ids = end_of_sequence_ids(policy, tokenizer, "POLICY_MODEL")
+    return Loaded(train_rows, eval_rows, tokenizer, policy, eos_ids, adapter, ref_model, reward_model)
+
+
+def frozen_dtype(name, device):
+    """The dtype of a model that is not trained: by name, or with "auto" bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def without_dropout(model):
+    """The model, unable to drop anything: checkpointing works in training mode alone, where π must stay the same π."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model

@@ -1,6 +1,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+os.environ["OMP_NUM_THREADS"] = "1"  # a process per core, see pyproject.toml; for those that tests start, too
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import configs
 import dapo
 import grpo
 import gspo
+import plotting
 
 SCRIPTS = (gspo, grpo, dapo)
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +23,13 @@ def constants_restored():
     yield
     for script, values in before:
         vars(script).update(values)
+
+
+@pytest.fixture(autouse=True)
+def drawn_only_where_marked(request, monkeypatch):
+    """Pictures take longer than the small runs they show: runs of tests without @pytest.mark.drawn draw none."""
+    if not request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr(plotting, "draw_run", lambda folder: None)
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ def test_without_dynamic_sampling_the_rollouts_are_those_of_gspo(small, tmp_path
         assert metrics | other.sampling_metrics(expected) == pytest.approx(metrics)
 
 
+@pytest.mark.drawn
 def test_at_the_cap_the_run_stops_with_one_line_and_the_model_is_kept(small, monkeypatch, capsys):
     small.MAX_RESAMPLES, small.SAVE_EVERY = 2, 1
     compute_rewards = small.DAPOTrainer.compute_rewards
@@ -162,6 +163,7 @@ def test_the_filter_leaves_truncated_completions_out_of_the_loss(small, monkeypa
     assert seen.tolist() == kept.nonzero().squeeze(1).tolist()  # and all others, once
 
 
+@pytest.mark.drawn
 def test_a_step_without_a_completion_in_the_loss_changes_nothing_and_the_run_goes_on(small):
     small.MAX_COMPLETION_TOKENS, small.DYNAMIC_SAMPLING, small.REWARDS = 2, False, "exact_match"
     trainer = small.DAPOTrainer()
@@ -197,6 +199,7 @@ def test_metrics_tell_what_was_drawn_dropped_and_kept(small):
     assert trainer.sampling_metrics(trainer.generate_responses_with_group_sampling(2))["carried_over"] == 0.25
 
 
+@pytest.mark.drawn
 def test_its_own_figure_is_drawn_with_the_expected_share_of_dead_groups(small):
     trainer = small.DAPOTrainer()
     trainer.train()

@@ -13,6 +13,7 @@ from variants import naive_loss, naive_mean
 
 import configs
 import gspo
+import loading
 import plotting
 
 METRICS = (
@@ -31,6 +32,7 @@ def timeless(rows):
     return [{k: v for k, v in row.items() if not k.startswith("seconds_") and k != "tokens_per_second"} for row in rows]
 
 
+@pytest.mark.drawn
 def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script, capsys):
     script, algorithm = small_script, small_script.__name__
     script.SAVE_EVERY, script.EVAL_EVERY = 1, 1
@@ -49,7 +51,8 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
 
     rows = read_jsonl(folder / "metrics.jsonl")
     assert rows == history and [row["step"] for row in rows] == [0, 1, 2]
-    assert set(rows[0]) == {"step", "eval_accuracy", "eval_accuracy_greedy"}
+    evaluated = {f"{name}{end}" for name in ("eval_accuracy", "eval_pass_at_k") for end in ("", "_low", "_high")}
+    assert set(rows[0]) == {"step", "eval_accuracy_greedy"} | evaluated
     for row in rows[1:]:
         assert set(METRICS) <= set(row) and {"eval_accuracy", "eval_accuracy_greedy"} <= set(row)
         unknown = {name for name in METRICS if row[name] is None}
@@ -64,6 +67,8 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
     samples = read_jsonl(folder / "samples.jsonl")
     assert len(samples) == 2 * 2 * 4
     assert {"step", "prompt", "completion", "reward", "advantage", "answer"} <= set(samples[0])
+    assert all(len(row["token_texts"]) == len(row["logp_change"]) == row["tokens"] for row in samples)
+    assert any(change for row in samples for change in row["logp_change"])
     assert len({sample["prompt"] for sample in samples[:4]}) == 1
     assert sum(sample["advantage"] for sample in samples[:4]) == pytest.approx(0, abs=1e-5)
 
@@ -74,7 +79,7 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
         assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs.input_ids.shape[1]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, dict(trainer.policy.named_parameters())[name])
-    assert (folder / "metrics.png").stat().st_size > 10_000
+    assert (folder / "metrics.png").stat().st_size > 10_000 and "</html>" in (folder / "samples.html").read_text()
     assert not list(folder.rglob("*.part*"))
 
     out = capsys.readouterr().out
@@ -82,8 +87,7 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
     assert str(folder / "metrics.png") in out and out.count("    before ") == out.count("    after ") == 3
 
 
-def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small_script, monkeypatch):
-    monkeypatch.setattr(plotting, "draw_run", lambda folder: None)  # takes longer than the training
+def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small_script):
     small_script.MAX_STEPS, runs = 3, []
     for seed in (0, 0, 1):
         small_script.SEED = seed
@@ -155,10 +159,11 @@ def test_an_update_takes_the_gradient_of_the_documented_loss(trainer_with_rollou
         torch.testing.assert_close(stats[name], value.detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.drawn
 def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none_is_computed(small_script, monkeypatch):
     small, loaded, asked = small_script, [], []
-    load_model, completion_logps = small.load_model, small.completion_logps
-    monkeypatch.setattr(small, "load_model", lambda *a: (loaded.append(a[2]), load_model(*a))[1])
+    load_model, completion_logps = loading.load_model, small.completion_logps
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: (loaded.append(a[2]), load_model(*a, **k))[1])
     monkeypatch.setattr(
         small,
         "completion_logps",
@@ -178,11 +183,32 @@ def test_rewards_are_the_weighted_sum_and_the_reward_model_sees_prompt_and_compl
     rollouts = trainer.generate_responses_with_group_sampling(1)
     for i, reward in enumerate(trainer.compute_rewards(rollouts).tolist()):
         row, text = rollouts.prompts[i], rollouts.texts[i]
-        alone = trainer.reward_tokenizer([row["prompt"] + text], return_tensors="pt")
+        alone = trainer.reward_model.tokenizer([row["prompt"] + text], return_tensors="pt")
         with torch.no_grad():
-            score = trainer.reward_model(alone.input_ids).logits.item()
+            score = trainer.reward_model.model(alone.input_ids).logits.item()
         right = float(text.rpartition("#")[2] == row["answer"])
         assert reward == pytest.approx(2 * score + 0.5 * right, abs=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [4, 8, 9])
+def test_sampling_in_parts_is_sampling_each_part_and_loses_nothing(small_script, at_once):
+    script = small_script
+    trainer = trainer_of(script)
+    rows = script.prompts_of_step(trainer.train_rows, 1)
+    script.SAMPLED_AT_ONCE = at_once
+    rollouts, size = trainer.sample(rows, ("rollout", 1)), at_once // 4
+    script.SAMPLED_AT_ONCE, texts = 0, []
+    for i in range(0, 4, size):
+        purpose = ("rollout", 1) if i == 0 else ("rollout", 1, i)
+        part = trainer.sample(rows[i : i + size], purpose)
+        texts += part.texts
+        for k in range(len(part.texts)):
+            n, row = int(part.completion_lengths[k]), 4 * i + k
+            assert torch.equal(rollouts.sampled_logps[row, :n], part.sampled_logps[k, :n])
+            assert int(rollouts.completion_mask[row].sum()) == int(rollouts.completion_lengths[row]) == n
+    assert rollouts.texts == texts and [row["prompt"] for row in rollouts.prompts[::4]] == [
+        row["prompt"] for row in rows
+    ]
 
 
 def test_the_learning_rate_warms_up_and_decays(small):
@@ -245,6 +271,7 @@ def test_a_spike_of_the_kl_is_drawn_on_a_log_scale():
     ] * 2
 
 
+@pytest.mark.drawn
 def test_runs_are_redrawn_and_compared_with_a_legend(small, capsys):
     folders = []
     for _ in range(2):
@@ -262,6 +289,7 @@ def test_runs_are_redrawn_and_compared_with_a_legend(small, capsys):
     assert picture.is_file()
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("content", "words"),
     [(None, "no metrics.jsonl"), ("", "no training step"), ('{"step": 1, "policy', "line 1"), ("[]", "line 1")],

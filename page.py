@@ -1,0 +1,125 @@
+"""A run's samples as a page to look at: samples.jsonl -> samples.html, one file that needs no network and no script.
+
+python page.py outputs/<run>
+
+The completions of a group stand side by side with reward, advantage, length and how they ended; the colour of a token
+says how far the step's updates have moved its log-prob.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from jinja2 import Environment
+
+from configs import InputError, one_line_errors
+
+MOST_TOKENS = 100_000  # on a page; the latest steps that fit are shown
+
+TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ name }}: samples</title>
+<style>
+  :root { color-scheme: light; font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fafafa; }
+  body { max-width: 1600px; margin: 0 auto; padding: 1rem 1.5rem; }
+  h1 { font-size: 1.3rem; }
+  .note, dl { color: #555; }
+  summary { cursor: pointer; font-weight: 600; padding: .4rem 0; }
+  .prompt { white-space: pre-wrap; background: #eee; border-radius: 6px; padding: .5rem .7rem; margin: .6rem 0; }
+  .group { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: .6rem; }
+  .group { margin-bottom: 1.2rem; }
+  .card { background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: .5rem .7rem; min-width: 0; }
+  .card.up { border-top: 4px solid #0072B2; } .card.down { border-top: 4px solid #D55E00; }
+  .card.even { border-top: 4px solid #bbb; }
+  .numbers { font-size: .85rem; color: #555; font-variant-numeric: tabular-nums; }
+  .text { font: .85rem ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin-top: .4rem; }
+  .text span { border-radius: 2px; }
+</style>
+</head>
+<body>
+<h1>{{ name }}: samples</h1>
+<p class="note">Steps {{ steps[-1].step }} to {{ steps[0].step }}, the latest first
+{%- if left_out %}; {{ left_out }} earlier ones are in samples.jsonl{% endif %}.
+Colour: what the step's updates did to a token's log-prob,
+<span style="background: {{ colour(-1) }}">less likely</span> or
+<span style="background: {{ colour(1) }}">more likely</span>, in full from ±{{ full }} nats.
+Hold the pointer over a token for the number.</p>
+{% for step in steps %}
+<details{% if loop.first %} open{% endif %}>
+<summary>Step {{ step.step }}</summary>
+{% for group in step.groups %}
+<div class="prompt">{{ group.prompt }}<br><small>answer: {{ group.answer }}</small></div>
+<div class="group">
+{% for c in group.completions %}
+<div class="card {{ 'up' if c.advantage > 0 else 'down' if c.advantage < 0 else 'even' }}">
+<div class="numbers">reward {{ '%.3g' % c.reward }} · advantage {{ '%+.2f' % c.advantage }} · {{ c.tokens }} tokens ·
+{{ 'cut at the limit' if c.truncated else 'ended' }}</div>
+<div class="text">{% for token, change in c.pairs %}<span style="background: {{ colour(change / full) }}" \
+title="{{ '%+.3f' % change }}">{{ token }}</span>{% endfor %}</div>
+</div>
+{% endfor %}
+</div>
+{% endfor %}
+</details>
+{% endfor %}
+</body>
+</html>
+"""
+FULL_COLOUR = 0.5  # nats
+
+
+def draw_samples(folder):
+    """Writes a run's samples.html from its samples.jsonl, if there is one; returns its path. Everything is escaped."""
+    folder, steps = Path(folder), {}
+    path = folder / "samples.jsonl"
+    if not path.is_file():
+        return None
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row["pairs"] = list(zip(row["token_texts"], row["logp_change"], strict=True))
+            groups = steps.setdefault(row["step"], [])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            raise InputError(f"{path}, line {number}: not a sample; remove the line and draw again") from None
+        if not groups or groups[-1]["prompt"] != row["prompt"]:
+            groups.append({"prompt": row["prompt"], "answer": row["answer"], "completions": []})
+        groups[-1]["completions"].append(row)
+    shown, tokens = [], 0
+    for step, groups in sorted(steps.items(), reverse=True):
+        tokens += sum(row["tokens"] for group in groups for row in group["completions"])
+        if shown and tokens > MOST_TOKENS:
+            break
+        shown.append({"step": step, "groups": groups})
+    template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE)
+    html = template.render(
+        name=folder.resolve().name, steps=shown, left_out=len(steps) - len(shown), colour=_colour, full=FULL_COLOUR
+    )
+    beside = folder / "samples.part.html"
+    beside.write_text(html, encoding="utf-8")
+    os.replace(beside, folder / "samples.html")
+    return folder / "samples.html"
+
+
+def _colour(change):
+    """Orange for a token that became less likely, blue for one that became likelier; change in [-1, 1] or beyond."""
+    red, green, blue = (213, 94, 0) if change < 0 else (0, 114, 178)
+    return f"rgba({red}, {green}, {blue}, {min(abs(change), 1) * 0.6:.2f})"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draws a run's samples as a page.")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, such as outputs/gspo-<time>")
+    arguments = parser.parse_args(argv)
+    with one_line_errors():
+        if (path := draw_samples(arguments.run)) is None:
+            raise InputError(f"{arguments.run}: no samples.jsonl there; give the folder of a run")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

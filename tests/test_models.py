@@ -1,0 +1,358 @@
+"""Real models and data, made on the spot: a chat tokenizer, several architectures, LoRA, Parquet, GSM8K's format."""
+
+import json
+import shutil
+
+import datasets
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import SCRIPTS, trainer_of
+
+import configs
+import dapo
+import grpo
+import gspo
+import loading
+
+GSM8K = configs.HERE.parent / "shared" / "gsm8k" / "train.jsonl"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt and not enable_thinking %}<think></think>{% endif %}"
+)
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+ARCHITECTURES = {
+    "qwen3": (transformers.Qwen3Config, {"tie_word_embeddings": True}),
+    "qwen2": (transformers.Qwen2Config, {"attention_dropout": 0.2}),  # a model that drops in training mode
+    "llama": (transformers.LlamaConfig, {}),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+    ),
+}
+
+
+def gsm8k_rows(count):
+    """Rows of GSM8K where it is at hand, else rows like them."""
+    if GSM8K.is_file():
+        return [json.loads(line) for line in GSM8K.read_text().splitlines()[:count]]
+    return [
+        {
+            "question": f"Ann has {i} pens and buys {i + 2} more. How many has she?",
+            "answer": f"{i}+{i + 2}\n#### {2 * i + 2}",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A BPE tokenizer with a chat template, two ends of sequence, and the second of them as padding."""
+    lines = [row["question"] + " " + row["answer"] for row in gsm8k_rows(300)]
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    bpe.train_from_iterator(lines, vocab_size=600, special_tokens=special, show_progress=False)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=special,
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer, tmp_path_factory):
+    """A function that makes a chat model of an architecture, with random weights, and gives its folder."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            config_class, extra = ARCHITECTURES[name]
+            torch.manual_seed(0)
+            config = config_class(**SIZES, **extra, vocab_size=len(tokenizer))
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            model.generation_config.eos_token_id = [1, 2]
+            folder = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[name] = folder
+        return str(made[name])
+
+    return make
+
+
+@pytest.fixture
+def gsm8k_files(tmp_path):
+    rows = gsm8k_rows(24)
+    jsonl = tmp_path / "rows.jsonl"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def set_up(script, model, files, **constants):
+    vars(script).update(
+        POLICY_MODEL=model,
+        PROMPTS=str(files / "rows.parquet"),
+        EVAL_PROMPTS=str(files / "rows.jsonl"),
+        PROMPT_COLUMN="question",
+        REWARDS="math 1.0, format 0.2, length 0.5",
+        EVAL_REWARD="math",
+        SYSTEM_PROMPT="Be brief.",
+        MAX_STEPS=2,
+        BATCH_SIZE=2,
+        GROUP_SIZE=4,
+        MINI_BATCHES=2,
+        EVAL_SIZE=3,
+        EVAL_SAMPLES=1,
+        WARMUP_STEPS=0,
+        MAX_COMPLETION_TOKENS=12,
+        KL_COEF=0.04,
+        SAVE_EVERY=1,
+        OUTPUT_DIR=str(files / "outputs"),
+    )
+    vars(script).update(constants)
+    return trainer_of(script)
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("script", "architecture"),
+    [*((gspo, architecture) for architecture in ARCHITECTURES), (grpo, "qwen3"), (dapo, "qwen3")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_two_steps_on_gsm8k_rows_then_reload_and_generate(model_folder, gsm8k_files, tokenizer, script, architecture):
+    script.OVERLONG_FILTER = False  # of dapo.py: a random model seldom ends
+    trainer = set_up(script, model_folder(architecture), gsm8k_files)
+    assert trainer.eos_ids == [1, 2] and trainer.tokenizer.pad_token_id == 2
+    before, history = weights(trainer.policy), trainer.train()
+    unmoved = [name for name, value in trainer.policy.named_parameters() if torch.equal(value, before[name])]
+    assert not [name for name in unmoved if "experts" not in name], unmoved  # an expert may be asked nothing
+    assert history[1]["sampler_gap"] < 1e-4 and {"reward_math", "reward_format", "reward_length"} <= set(history[1])
+    model = transformers.AutoModelForCausalLM.from_pretrained(trainer.run.folder / "final")
+    reloaded = transformers.AutoTokenizer.from_pretrained(trainer.run.folder / "final")
+    assert reloaded.chat_template == tokenizer.chat_template
+    for name, value in trainer.policy.named_parameters():
+        assert torch.equal(dict(model.named_parameters())[name], value)
+    ids = torch.tensor([trainer.eval_rows[0]["prompt_ids"]])
+    assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4).shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_lora_trains_the_adapter_alone_and_final_holds_it_merged(model_folder, gsm8k_files, script):
+    trainer = set_up(script, model_folder("qwen3"), gsm8k_files, LORA_RANK=4, LEARNING_RATE=0.05)
+    script.OVERLONG_FILTER = False  # of dapo.py: a random model seldom ends
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    assert trainer.ref_model is None
+    first = trainer.compute_log_probs(trainer.policy, rollouts)
+    before = weights(trainer.policy)
+    history = trainer.train()
+    moved = {name for name, value in trainer.policy.named_parameters() if not torch.equal(value, before[name])}
+    assert moved and all(".lora_" in name for name in moved)
+    assert {name.rpartition(".lora_")[0] for name in moved} == {
+        name.rpartition(".lora_")[0] for name in before if ".lora_" in name
+    }
+    assert history[1]["kl_divergence"] is not None and history[2]["kl_divergence"] > 0
+    with trainer.adapter.disable_adapter():  # the reference is the policy as it was before training
+        torch.testing.assert_close(trainer.compute_log_probs(trainer.policy, rollouts), first)
+    now = trainer.compute_log_probs(trainer.policy, rollouts)
+    assert (now - first).abs().max() > 1e-3
+    folder = trainer.run.folder
+    assert (folder / "checkpoints/step-1/adapter_config.json").is_file()
+    assert (folder / "checkpoints/step-1/adapter_model.safetensors").stat().st_size < 50_000
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder / "final", output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(trainer.compute_log_probs(model.eval(), rollouts), now, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(trainer.compute_log_probs(trainer.policy, rollouts), now, rtol=1e-4, atol=1e-5)
+
+
+def gradient_of_an_update(trainer):
+    trainer.optimizer.step = lambda: None
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    old_logps = trainer.compute_old_logps(rollouts)
+    advantages = torch.randn(len(rollouts.texts), generator=torch.Generator().manual_seed(0))
+    trainer.update(rollouts, torch.arange(len(rollouts.texts)), old_logps, old_logps - 0.1, advantages)
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.trained])
+
+
+@pytest.mark.parametrize("constants", [{"GRADIENT_CHECKPOINTING": True}, {"LOGITS_AT_ONCE": 4000}])
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2"])
+def test_saving_memory_changes_no_gradient(model_folder, gsm8k_files, monkeypatch, architecture, constants):
+    gspo.MAX_GRAD_NORM, gspo.ENTROPY_COEF = 1e9, 0.1
+    expected = gradient_of_an_update(set_up(gspo, model_folder(architecture), gsm8k_files))
+    trainer = set_up(gspo, model_folder(architecture), gsm8k_files, **constants)
+    seen = []
+    head = trainer.policy.get_output_embeddings()
+    head.register_forward_hook(lambda _, __, logits: seen.append(logits.numel()) if logits.requires_grad else None)
+    torch.testing.assert_close(gradient_of_an_update(trainer), expected, rtol=1e-4, atol=1e-6)
+    if "LOGITS_AT_ONCE" in constants:
+        assert len(seen) > 10 and max(seen) <= 4000
+
+
+def test_prompts_go_through_the_chat_template_with_system_prompt_and_thinking(model_folder, gsm8k_files):
+    rows = gsm8k_rows(1)
+    for thinking, opening in ((False, "<|im_start|>assistant\n<think></think>"), (True, "<|im_start|>assistant\n")):
+        trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, THINKING=thinking)
+        text = f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{rows[0]['question']}<|im_end|>\n{opening}"
+        assert trainer.eval_rows[0]["prompt_text"] == text
+        assert trainer.tokenizer.decode(trainer.eval_rows[0]["prompt_ids"]) == text
+
+
+def test_prompts_may_be_lists_of_messages_and_base_models_get_the_plain_text(tokenizer, tmp_path):
+    chat = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "2+3"},
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"prompt": chat, "answer": 5}) + "\n")
+    rows = loading.load_prompts(str(path), "PROMPTS", "prompt", "answer")
+    assert rows[0]["messages"] == chat and rows[0]["answer"] == "5"
+    (row,) = loading.encode_prompts(rows, tokenizer, 99, "here")
+    assert row["prompt_text"].count("<|im_start|>") == 4 and "assistant\nYes?<|im_end|>" in row["prompt_text"]
+    plain = transformers.AutoTokenizer.from_pretrained(configs.HERE / "data/models/arithmetic-policy")
+    plain.chat_template = None
+    assert loading.encode_prompts(rows, plain, 99, "here")[0]["prompt_text"] == "Hi\nYes?\n2+3"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(gsm8k_files, kind):
+    rows = loading.load_prompts(str(gsm8k_files / f"rows.{kind}"), "PROMPTS", "question", "answer")
+    expected = gsm8k_rows(24)
+    assert [(row["prompt"], row["answer"]) for row in rows] == [(row["question"], row["answer"]) for row in expected]
+
+
+def test_a_hub_dataset_is_read_by_configuration_and_split(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return datasets.Dataset.from_list(gsm8k_rows(3))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = loading.load_prompts("openai/gsm8k", "PROMPTS", "question", "answer", "main", "test")
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})] and len(rows) == 3
+
+
+def test_prompts_are_held_out_by_share_and_long_ones_left_out_and_counted(model_folder, gsm8k_files, capsys):
+    trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, EVAL_PROMPTS="", EVAL_SHARE=0.25, EVAL_SIZE=99)
+    train, held_out = ({row["prompt"] for row in rows} for rows in (trainer.train_rows, trainer.eval_rows))
+    assert len(train) == 18 and len(held_out) == 6 and not train & held_out
+    again = set_up(gspo, model_folder("qwen3"), gsm8k_files, EVAL_PROMPTS="", EVAL_SHARE=0.25, EVAL_SIZE=99)
+    assert [row["prompt"] for row in again.eval_rows] == [row["prompt"] for row in trainer.eval_rows]
+    lengths = sorted(len(row["prompt_ids"]) for row in trainer.train_rows)
+    capsys.readouterr()
+    fewer = set_up(
+        gspo, model_folder("qwen3"), gsm8k_files, EVAL_PROMPTS="", EVAL_SHARE=0.25, MAX_PROMPT_TOKENS=lengths[9]
+    )
+    assert all(len(row["prompt_ids"]) <= lengths[9] for row in fewer.train_rows)
+    left_out = 18 - len(fewer.train_rows)
+    assert left_out == sum(n > lengths[9] for n in lengths) > 0
+    assert f"left out {left_out} of 18 prompts" in capsys.readouterr().out
+
+
+def test_a_reward_model_sees_its_own_template_and_a_cut_is_counted(tokenizer, model_folder):
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        **SIZES | {"max_position_embeddings": 48}, vocab_size=len(tokenizer), num_labels=1
+    )
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    reward = loading.RewardModel(model, tokenizer, "made here")
+    rows = [{"prompt": "2+3", "messages": [{"role": "user", "content": "2+3"}]}] * 3
+    texts = ["5", "6 and more words to make it long" * 8, "5"]
+    scores = reward(rows, texts, lambda lengths: gspo.micro_batches(lengths, 30))
+    alone = tokenizer("<|im_start|>user\n2+3<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n", return_tensors="pt")
+    with torch.no_grad():
+        assert scores[0] == scores[2] == pytest.approx(model(alone.input_ids).logits.item(), abs=1e-5)
+    assert reward.report() == {"reward_cut": 1 / 3} and reward.report() == {"reward_cut": 0.0}
+    assert scores[1] != scores[0]
+
+
+# ---- What cannot be used: one line, exit code 2, nothing written
+
+
+def refused(capsys, tmp_path, *argv):
+    with pytest.raises(SystemExit) as exit_:
+        gspo.main(["--output-dir", str(tmp_path / "outputs"), *map(str, argv)])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "outputs").exists()
+    return err
+
+
+def parquet(tmp_path, rows):
+    path = tmp_path / "bad.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+def test_bad_data(capsys, tmp_path):
+    good = {"question": "1+1=", "answer": "2"}
+    path = parquet(tmp_path, [good])
+    assert "no field 'prompt', it has question, answer" in refused(capsys, tmp_path, "--prompts", path)
+    path = parquet(tmp_path, [good, {"question": "1+1=", "answer": None}])
+    err = refused(capsys, tmp_path, "--prompts", path, "--prompt-column", "question")
+    assert "row 2" in err and "'answer' is null" in err
+    path = parquet(tmp_path, [{"question": 5, "answer": "2"}])
+    assert "row 1" in refused(capsys, tmp_path, "--prompts", path, "--prompt-column", "question")
+    path.write_bytes(b"PAR1 and then nothing")
+    assert "cannot be read" in refused(capsys, tmp_path, "--prompts", path)
+    (tmp_path / "bad.json").write_text('{"prompt": [')
+    assert "cannot be read" in refused(capsys, tmp_path, "--prompts", tmp_path / "bad.json")
+    assert "cannot be loaded" in refused(capsys, tmp_path, "--prompts", "nobody/nothing", "--prompts-split", "tomorrow")
+
+
+def test_bad_models(capsys, tmp_path, model_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("qwen3"), folder)
+    flags = ("--policy-model", folder)
+    assert "LORA_TARGETS = 'nothing'" in refused(
+        capsys, tmp_path, *flags, "--lora-rank", 4, "--lora-targets", "nothing"
+    )
+    gspo.LORA_RANK = 0
+    assert "leaves no room" in refused(capsys, tmp_path, *flags, "--max-completion-tokens", 512)
+    gspo.MAX_COMPLETION_TOKENS = 12
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["more", "than", "the", "model"])
+    tokenizer.save_pretrained(folder)
+    assert "the tokenizer has 604 tokens, the model only 600" in refused(capsys, tmp_path, *flags)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder("qwen3"))
+    tokenizer.chat_template = "{{ raise_exception('system is not supported') }}"
+    tokenizer.save_pretrained(folder)
+    assert "the chat template refuses" in refused(capsys, tmp_path, *flags)
+
+
+def test_presets_change_constants_and_say_so(capsys):
+    configs.apply_overrides(vars(gspo), ["--preset", "gsm8k"])
+    out = capsys.readouterr().out
+    assert gspo.POLICY_MODEL == "Qwen/Qwen3-0.6B" and gspo.CLIP_LOW == 3e-4 and gspo.EVAL_REWARD == "math"
+    for name, (value, _, _) in configs.read_constants(vars(gspo)).items():
+        changed = configs.PRESETS["gsm8k"].get(name, configs.PRESETS["gsm8k"].get(f"gspo.{name}"))
+        if changed is not None and f"preset gsm8k: {name} = " in out:
+            assert value == changed
+    assert "preset gsm8k: CLIP_HIGH = 0.0004  (was 0.04)" in out and "LOSS_DIVISOR" not in out
+
+
+@pytest.mark.parametrize("preset", configs.PRESETS)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_preset_holds_constants_of_the_scripts_that_keep_the_rules(script, preset):
+    names = {name.rpartition(".")[2] for name in configs.PRESETS[preset]}
+    assert names <= {name for other in SCRIPTS for name in configs.constant_values(vars(other))}
+    configs.apply_overrides(vars(script), ["--preset", preset])

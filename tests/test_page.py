@@ -1,0 +1,194 @@
+"""What a user watches: the samples' page in a browser, TensorBoard files, evaluation, the self-test."""
+
+import html.parser
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from conftest import trainer_of
+
+import configs
+import gspo
+import page
+import runs
+
+NASTY = "<script>document.title = 'owned'</script>\"'&<img src=x onerror=\"document.title='owned'\">"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def sample(step=1, prompt="1+1=", text="2", advantage=0.5, **more):
+    tokens = [text[i : i + 3] for i in range(0, len(text), 3)]
+    row = {"step": step, "prompt": prompt, "completion": text, "reward": 1.0, "advantage": advantage, "answer": "2"}
+    row |= {"tokens": len(tokens), "truncated": False, "token_texts": tokens, "logp_change": [0.25] * len(tokens)}
+    return row | more
+
+
+def write(folder, samples):
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return page.draw_samples(folder)
+
+
+class Text(html.parser.HTMLParser):
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_escapes_whatever_a_model_wrote_and_needs_no_network(tmp_path):
+    source = write(tmp_path, [sample(prompt=NASTY, text=NASTY, answer=NASTY)]).read_text()
+    parsed = Text(source)
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img", "link", "iframe"})
+    assert not any(name.startswith("on") or name in ("src", "href") for _, given in parsed.tags for name in given)
+    assert parsed.text.count(NASTY) >= 3  # prompt, answer, and the tokens put together
+
+
+def test_a_token_is_coloured_by_the_change_of_its_log_prob(tmp_path):
+    row = sample(text="abcdef", token_texts=["abc", "def"], logp_change=[-0.5, 0.25])
+    tags = Text(write(tmp_path, [row]).read_text()).tags
+    titled = [given for tag, given in tags if "title" in given]
+    assert [(given["title"], given["style"]) for given in titled] == [
+        ("-0.500", "background: rgba(213, 94, 0, 0.60)"),
+        ("+0.250", "background: rgba(0, 114, 178, 0.30)"),
+    ]
+
+
+def test_groups_stand_together_and_a_long_run_shows_its_latest_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "MOST_TOKENS", 8)
+    rows = [sample(step, prompt, truncated=True) for step in range(1, 9) for prompt in ("p", "q") for _ in range(2)]
+    parsed = Text(write(tmp_path, rows).read_text())
+    classes = [given.get("class") for _, given in parsed.tags]
+    assert classes.count("group") == 4 and classes.count("card up") == 8
+    assert (
+        "Steps 7 to 8" in parsed.text and "6 earlier ones" in parsed.text and parsed.text.count("cut at the limit") == 8
+    )
+
+
+@pytest.mark.parametrize("line", ["{", "[]", json.dumps({"step": 1})])
+def test_a_bad_line_of_samples_is_one_line(tmp_path, capsys, line):
+    (tmp_path / "samples.jsonl").write_text(line + "\n")
+    with pytest.raises(SystemExit) as exit_:
+        page.main([str(tmp_path)])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2 and "line 1" in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_in_a_browser_a_script_in_a_completion_is_text(tmp_path):
+    path = write(tmp_path, [sample(prompt=NASTY, text=NASTY), sample(text="fine", advantage=-1.0)])
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=2000", "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    shown = Text(done.stdout)
+    assert "<title>owned" not in done.stdout and ": samples</title>" in done.stdout
+    assert NASTY in shown.text and not [tag for tag, _ in shown.tags if tag in ("script", "img")]
+
+
+# ---- Logging elsewhere
+
+
+def test_tensorboard_files_hold_the_metrics(small):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = small.GSPOTrainer()
+    history = trainer.train()
+    events = event_accumulator.EventAccumulator(str(trainer.run.folder))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward")] == [
+        (row["step"], pytest.approx(row["reward"], rel=1e-6)) for row in history[1:]
+    ]
+    assert events.Scalars("eval_accuracy")[0].step == 0
+    small.TENSORBOARD = False
+    trainer = small.GSPOTrainer()
+    trainer.train()
+    assert not list(trainer.run.folder.glob("events.*"))
+
+
+def test_weights_and_biases_only_if_asked_for(small, monkeypatch, capsys):
+    calls = []
+    fake = types.SimpleNamespace(
+        init=lambda **options: calls.append(options), log=lambda numbers, step: calls.append((step, numbers))
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    small.GSPOTrainer().train()
+    assert not calls
+    small.WANDB_PROJECT = "sums"
+    small.GSPOTrainer().train()
+    assert calls[0]["project"] == "sums" and calls[0]["config"]["GROUP_SIZE"] == 4
+    assert [call[0] for call in calls[1:]] == [0, 1, 2] and "reward" in calls[2][1]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(configs.InputError, match="pip install wandb"):
+        small.GSPOTrainer().train()
+
+
+# ---- Evaluation
+
+
+@pytest.mark.parametrize(("samples", "k"), [(1, 1), (4, 2), (5, 3), (4, 9)])
+def test_pass_at_k_is_the_mean_over_all_choices_of_k(samples, k):
+    generator = torch.Generator().manual_seed(samples)
+    right = (torch.rand(6, samples, generator=generator) < 0.4).double()
+    metrics = runs.accuracy_metrics(right.flatten().tolist(), samples, k)
+    chosen = [list(choice) for choice in itertools.combinations(range(samples), min(k, samples))]
+    naive = sum(max(one[i] for i in choice) for one in right.tolist() for choice in chosen) / 6 / len(chosen)
+    assert metrics["eval_pass_at_k"] == pytest.approx(naive)
+    assert metrics["eval_accuracy"] == pytest.approx(right.mean().item())
+    for name in ("eval_accuracy", "eval_pass_at_k"):
+        assert 0 <= metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"] <= 1
+
+
+def test_wilsons_interval_is_that_of_the_closed_form():
+    low, high = runs.wilson_interval(0.3, 50)
+    for bound in (low, high):  # where the score test just does not reject
+        assert abs(0.3 - bound) / (bound * (1 - bound) / 50) ** 0.5 == pytest.approx(1.96)
+    assert runs.wilson_interval(1.0, 10)[1] == 1.0 and runs.wilson_interval(1.0, 10)[0] < 0.8
+
+
+# ---- Self-test
+
+
+def lines_of(capsys):
+    found = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:4] in ("ok  ", "FAIL")]
+    return {text.split("  ")[0]: (mark, text) for mark, text in found}
+
+
+def test_the_selftest_passes_on_the_embedded_task_and_leaves_nothing(small_script, capsys, tmp_path):
+    small_script.main(["--selftest"])
+    lines = lines_of(capsys)
+    assert len(lines) == 10 and all(mark == "ok" for mark, _ in lines.values())
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_selftest_shows_what_is_wrong(small, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as exit_:  # bfloat16 weights swallow a small step
+        small.main(["--selftest", "--policy-dtype", "bfloat16", "--learning-rate", "1e-7"])
+    assert exit_.value.code == 1 and lines_of(capsys)["weights that the step moved"][0] == "FAIL"
+    small.POLICY_DTYPE, small.LEARNING_RATE = "float32", 1e-3
+    completion_logps = gspo.completion_logps
+    monkeypatch.setattr(
+        gspo, "completion_logps", lambda *a, **k: [x if x is None else x - 0.2 for x in completion_logps(*a, **k)]
+    )
+    with pytest.raises(SystemExit):
+        small.main(["--selftest"])
+    assert lines_of(capsys)["log-probs, sampler against trainer"][0] == "FAIL"
+    monkeypatch.undo()
+    small.OUTPUT_DIR = "unused"
+    small.MAX_COMPLETION_TOKENS = 2  # too short for any end
+    trainer = trainer_of(small)
+    with pytest.raises(SystemExit):
+        gspo.selftest(trainer, vars(small))
+    assert lines_of(capsys)["completions that end"][0] == "FAIL"

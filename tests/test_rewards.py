@@ -1,0 +1,165 @@
+"""Rule rewards: what the shipped ones say, and that no rule, whatever it does, takes a run with it."""
+
+import json
+import os
+import signal
+
+import pytest
+
+import configs
+import gspo
+import rewards
+
+RULES = """
+import os, sys, time
+
+def rule(prompt, completion, row):
+    if completion == "raise":
+        raise ValueError("no")
+    if completion == "exit":
+        raise SystemExit("bye")
+    if completion == "hang":
+        while True:
+            pass
+    if completion == "sleep":
+        time.sleep(100)
+    if completion == "count":
+        return 9 ** 9 ** 9 ** 9
+    if completion == "die":
+        os._exit(3)
+    if completion == "eat":
+        return len(bytearray(64 << 30))
+    if completion == "print":
+        print("not an answer")
+        return True
+    if completion == "bent":
+        sys.stdout.close()
+        return 0.25
+    return {"nan": float("nan"), "infinite": float("inf"), "none": None, "text": "good"}.get(completion, row["worth"])
+"""
+FAILING = {
+    "raise": "raised ValueError: no",
+    "exit": "raised SystemExit: bye",
+    "hang": "took longer than 1 s",
+    "sleep": "took longer than 1 s",
+    "count": "took longer than 1 s",
+    "die": "ended its process",
+    "eat": "raised MemoryError",
+    "nan": "returned nan",
+    "infinite": "returned inf",
+    "none": "returned None",
+    "text": "returned 'good'",
+}
+
+
+@pytest.fixture
+def rules(tmp_path):
+    (tmp_path / "rules.py").write_text(RULES)
+    return tmp_path / "rules.py"
+
+
+def row(worth=0.5):
+    return {"prompt": "p", "answer": "a", "worth": worth, "prompt_ids": [1]}
+
+
+def test_whatever_a_rule_does_the_others_are_scored_and_the_failures_are_named(rules, tmp_path):
+    texts = [text for failing in FAILING for text in (failing, "fine")] + ["print", "bent"] + ["fine"] * 30
+    scorer = rewards.Rewards({"rule": 2.0}, file=rules)
+    scorer.log = tmp_path / "reward_failures.jsonl"
+    expected = [0.0 if text in FAILING else {"print": 2.0, "bent": 0.5}.get(text, 1.0) for text in texts]
+    assert scorer([row()] * len(texts), texts) == expected
+    logged = [json.loads(line) for line in scorer.log.read_text().splitlines()]
+    assert {failure["completion"] for failure in logged} == set(FAILING)
+    for failure in logged:
+        assert failure["reward"] == "rule" and failure["problem"].startswith(FAILING[failure["completion"]])
+    metrics = scorer.report()
+    assert metrics["reward_failures"] == len(FAILING) / len(texts)
+    assert metrics["reward_rule"] == pytest.approx(sum(expected) / 2 / len(texts))
+    assert scorer([row()], ["fine"]) == [1.0] and scorer.report() == {"reward_rule": 0.5, "reward_failures": 0.0}
+
+
+def test_above_the_stated_share_of_failures_it_stops(rules):
+    scorer = rewards.Rewards({"rule": 1.0}, file=rules)
+    assert scorer([row()] * 4, ["none", "none", "fine", "fine"]) == [0.0, 0.0, 0.5, 0.5]
+    with pytest.raises(configs.InputError, match="3 of 4 .* no reward: rule returned None, .* 'none'"):
+        scorer([row()] * 4, ["none", "none", "none", "fine"])
+
+
+def test_the_server_is_started_again_where_it_has_died(rules):
+    scorer = rewards.Rewards({"rule": 1.0}, file=rules)
+    scorer([row()], ["fine"])
+    os.kill(rewards._server_of(str(rules)).process.pid, signal.SIGKILL)
+    assert scorer([row(0.75)], ["fine"]) == [0.75]
+
+
+def test_rules_that_do_not_load_are_one_line(tmp_path):
+    (tmp_path / "bad.py").write_text("def rule(:")
+    with pytest.raises(configs.InputError, match="do not load"):
+        rewards.Rewards({"rule": 1.0}, file=tmp_path / "bad.py")([row()], ["fine"])
+
+
+def test_a_reward_model_that_returns_nan_is_a_failure_like_any_other():
+    scorer = rewards.Rewards({"reward_model": 1.0}, lambda rows, texts: [0.5, float("nan"), -0.5])
+    assert scorer([row()] * 3, ["a", "b", "c"]) == [0.5, 0.0, -0.5]
+    assert scorer.failures[0]["problem"].startswith("returned nan")
+    assert scorer.report()["reward_model"] == 0.0
+
+
+def test_a_run_whose_rewards_fail_stops_with_a_checkpoint_and_its_failures(small, monkeypatch, capsys):
+    steps = []
+
+    def by_rule(self, name, rows, texts):
+        if name == "format":
+            steps.append(len(steps) + 1)
+        if name == "format" and steps[-1] == 2:
+            return [(0.0, "raised KeyError: 'answer'")] * len(texts)
+        return [(float(i % 2), None) for i in range(len(texts))]
+
+    monkeypatch.setattr(gspo.Rewards, "_by_rule", by_rule)
+    with pytest.raises(SystemExit) as exit_:
+        gspo.main(["--rewards", "format"])
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 2
+    assert "step 2: 16 of 16 completions got no reward: format raised KeyError" in err and "checkpoints/step-1" in err
+    (folder,) = (configs.HERE / small.OUTPUT_DIR).iterdir()
+    assert (folder / "checkpoints/step-1/model.safetensors").is_file()
+    assert len((folder / "reward_failures.jsonl").read_text().splitlines()) == 16
+
+
+# ---- The shipped rules
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "right"),
+    [
+        ("so 3+4=7\n#### 7", "It is 7.\n#### 7", 1),
+        ("#### 7", "#### 8", 0),
+        ("#### 7", "7", 0),  # not marked
+        ("#### 1,234", "#### $1234.00", 1),
+        ("#### 7", "first #### 6 then #### 7", 1),
+        ("#### 7", "#### 7 apples\nand so on", 1),
+        ("\\frac{1}{2}", "thus \\boxed{0.5}", 1),
+        ("\\boxed{x+1}", "\\boxed{1+x}", 1),
+        ("1/2", "\\boxed{\\frac{1}{2}} or \\boxed{\\frac{1}{3}}", 0),
+        ("#### 7", "", 0),
+        ("#### 7", "####", 0),
+        ("#### 7", "\\boxed{7", 0),
+        ("#### -3", "#### -3", 1),
+    ],
+)
+def test_math(answer, completion, right):
+    assert rewards.Rewards({"math": 1.0})([{"prompt": "p", "answer": answer}], [completion]) == [right]
+
+
+def test_an_answer_that_would_take_forever_to_compare_is_a_failure():
+    scorer = rewards.Rewards({"math": 1.0})
+    rows = [{"prompt": "p", "answer": "#### 3"}] * 4
+    assert scorer(rows, ["\\boxed{9^{9^{9^9}}}", "#### 3", "#### 4", "\\boxed{3}"]) == [0.0, 1.0, 0.0, 1.0]
+    assert [failure["problem"] for failure in scorer.failures] == ["took longer than 1 s"]
+
+
+def test_format_and_length():
+    scorer = rewards.Rewards({"format": 1.0, "length": 10.0})
+    rows = [{"prompt": "p", "answer": "3"}] * 3
+    assert scorer(rows, ["#### 3", "\\boxed{3}", "3" * 100]) == pytest.approx([1 - 0.06, 1 - 0.09, -1])
+    assert set(scorer.report()) == {"reward_format", "reward_length", "reward_failures"}
