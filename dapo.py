@@ -550,10 +550,10 @@ class DAPOTrainer:
         return self.reward_model(rows, texts, lambda lengths: micro_batches(lengths, MICRO_BATCH_TOKENS))
 
     @torch.no_grad()
-    def compute_log_probs(self, model, rollouts):
-        """Log-probs of all completions under a model: (B, T) on its device."""
-        logps = torch.zeros(rollouts.completion_mask.shape, device=model.device)
-        for rows in micro_batches(rollouts.lengths, MICRO_BATCH_TOKENS):
+    def compute_log_probs(self, model, rollouts, count=None):
+        """Log-probs of all completions, or of the first `count`, under a model: (B, T) on its device."""
+        logps = torch.zeros(rollouts.completion_mask[:count].shape, device=model.device)
+        for rows in micro_batches(rollouts.lengths[:count], MICRO_BATCH_TOKENS):
             logps[rows.to(model.device)], _ = completion_logps(model, rollouts, rows)
         return logps
 
@@ -644,9 +644,7 @@ class DAPOTrainer:
         if metrics["kl_divergence"] is not None:
             self.update_kl_coef(metrics["kl_divergence"])
         if SAMPLE_GROUPS > 0:
-            first = torch.arange(min(SAMPLE_GROUPS, BATCH_SIZE) * GROUP_SIZE)
-            with torch.no_grad():
-                new_logps, _ = completion_logps(self.policy, rollouts, first)
+            new_logps = self.compute_log_probs(self.policy, rollouts, SAMPLE_GROUPS * GROUP_SIZE)
             self.samples = samples_of(step, self.tokenizer, rollouts, rewards, advantages, old_logps, new_logps)
         return metrics | speed_metrics(times, metrics["completion_tokens"], self.policy_device)
 
@@ -710,17 +708,18 @@ class DAPOTrainer:
         after, drawn = before, time.perf_counter()
         bar = tqdm(range(1, MAX_STEPS + 1), desc=self.run.algorithm, unit="step", dynamic_ncols=True)
         for step in bar:
+            done, evaluating = step - 1, step == MAX_STEPS or EVAL_EVERY > 0 and step % EVAL_EVERY == 0
             try:
                 metrics = self.train_step(step)
+                done = step
+                if evaluating:
+                    after, texts_after = self.evaluate()
+                    metrics |= after
             except InputError as error:
                 if step > 1:
                     self.draw()
-                folder = self.save(f"checkpoints/step-{step - 1}")
-                raise InputError(f"step {step}: {error}; the model as it was before this step is in {folder}") from None
-            evaluating = step == MAX_STEPS or EVAL_EVERY > 0 and step % EVAL_EVERY == 0
-            if evaluating:
-                after, texts_after = self.evaluate()
-                metrics |= after
+                folder = self.save(f"checkpoints/step-{done}")
+                raise InputError(f"step {step}: {error}; the model after step {done} is in {folder}") from None
             self.log(metrics)
             self.run.log_samples(self.samples)
             if SAVE_EVERY > 0 and step % SAVE_EVERY == 0:

@@ -126,6 +126,22 @@ def test_a_run_whose_rewards_fail_stops_with_a_checkpoint_and_its_failures(small
     assert len((folder / "reward_failures.jsonl").read_text().splitlines()) == 16
 
 
+def test_an_evaluation_that_fails_leaves_the_model_of_its_step(small, monkeypatch, capsys):
+    by_rule, evaluations = gspo.Rewards._by_rule, []
+
+    def fail_after_training(self, name, rows, texts):
+        evaluations.append(name)
+        return by_rule(self, name, rows, texts) if len(evaluations) <= 2 else [(0.0, "returned None")] * len(texts)
+
+    monkeypatch.setattr(gspo.Rewards, "_by_rule", fail_after_training)  # two before the first step: sampled and greedy
+    with pytest.raises(SystemExit):
+        gspo.main([])
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "step 2: 12 of 12 completions got no reward" in err and "the model after step 2 is in" in err
+    (folder,) = (configs.HERE / small.OUTPUT_DIR).iterdir()
+    assert (folder / "checkpoints/step-2/model.safetensors").is_file()
+
+
 # ---- The shipped rules
 
 
