@@ -80,7 +80,8 @@ def _read_rows(source, name, config, split):
                 rows = datasets.load_dataset(kind, data_files=str(path), split="train")
         except (*LOAD_ERRORS, datasets.exceptions.DatasetsError) as error:
             what = f", split {split!r}, cannot be loaded" if on_hub else f" cannot be read as {kind}"
-            raise InputError(f"{name} = {str(source)!r}{what}: {error.__cause__ or error}") from None
+            remedy = "check id, configuration, split and network, or give a file" if on_hub else "write the file anew"
+            raise InputError(f"{name} = {str(source)!r}{what}: {error.__cause__ or error}; {remedy}") from None
         return list(rows), lambda number: f"{path}, row {number}"
     try:  # JSONL line by line, to say which line is wrong; `datasets` would also fill a missing field with None
         lines = path.read_text(encoding="utf-8").split("\n")
