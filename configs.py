@@ -7,12 +7,14 @@ flags, their types and `--help`. Nothing here knows an algorithm.
 import argparse
 import contextlib
 import difflib
+import json
 import math
 import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+DEVICES = ("POLICY_DEVICE", "REF_DEVICE", "REWARD_DEVICE")
 
 # Named sets of constants. A preset changes only what it lists, and "gspo.CLIP_LOW" only in gspo.py; flags given beside
 # it win over it.
@@ -149,6 +151,8 @@ def apply_overrides(namespace, argv=None):
         options["help"] = f"{comment} (default: {value!r})".replace("%", "%%")
         groups[group].add_argument("--" + name.lower().replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
+    if given.get("RESUME", namespace.get("RESUME")):
+        return _resume(namespace, constants, given)
     preset = given.get("PRESET", namespace.get("PRESET", ""))
     if preset and preset not in PRESETS:
         raise InputError(f"--preset {preset}: there is no such preset; choose one of {', '.join(sorted(PRESETS))}")
@@ -163,6 +167,68 @@ def apply_overrides(namespace, argv=None):
     for name in given:
         if name.endswith("_DEVICE"):
             check_device(name, given[name])
+
+
+def _resume(namespace, constants, given):
+    """Sets the constants to those of the run to continue. Raises InputError where others are asked for now.
+
+    What is asked for now is what a flag says, or what was edited in the file since the run began.
+    """
+    script = Path(namespace["__file__"])
+    folder = _run_folder(*(given.get(name, namespace[name]) for name in ("RESUME", "OUTPUT_DIR")), script)
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["constants"]
+        before = (folder / script.name).read_text(encoding="utf-8")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume {folder}: cannot read a run of {script.name} there ({error}); start anew") from None
+    text = script.read_text(encoding="utf-8")
+    edited = {name: namespace[name] for name in constants if _source_of(name, text) != _source_of(name, before)}
+    asked = {**edited, **given}
+    changed = [name for name in asked if name in saved and asked[name] != saved[name] and name not in MAY_CHANGE]
+    if changed:
+        raise InputError(
+            f"--resume {folder}: the run was made with "
+            + ", ".join(f"{name} = {saved[name]!r}, not {asked[name]!r}" for name in changed)
+            + "; leave that as it was, or start a new run"
+        )
+    if _without_constants(text) != _without_constants(before):
+        print(f"Warning: {script.name} is not the code that the run began with, of which {folder} has a copy")
+    for name, value in saved.items():
+        if name in constants and name not in asked and name not in DEVICES:
+            namespace[name] = value
+    namespace.update(asked, RESUME=str(folder))
+    validate(namespace)
+
+
+def _run_folder(name, output_dir, script):
+    """The folder of the run that --resume names; "latest" is the one of this script that was written to last."""
+    if name != "latest":
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise InputError(f'--resume {name}: no such folder; give that of a run, or "latest"')
+        return folder
+    runs = [path for path in Path(output_dir).glob(f"{script.stem}-*") if (path / "config.json").is_file()]
+    if not runs:
+        raise InputError(f"--resume latest: {output_dir} holds no run of {script.name}; give the run's folder")
+    return max(runs, key=lambda path: max(file.stat().st_mtime for file in path.iterdir()))
+
+
+def _source_of(name, text):
+    """The text of a constant's value in a script, None where it has none."""
+    found = re.search(rf"^{name} = (.*?)(?:  #|$)", text, re.MULTILINE)
+    return found and found[1]
+
+
+def _without_constants(text):
+    return re.sub(r"^[A-Z][A-Z0-9_]* = .*$", "", text, flags=re.MULTILINE)
+
+
+# What a resumed run may have otherwise: how long, how often, where, and how much at once.
+MAY_CHANGE = DEVICES + (
+    *("MAX_STEPS", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "SAMPLE_GROUPS", "TENSORBOARD", "WANDB_PROJECT"),
+    *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "LOGITS_AT_ONCE", "GRADIENT_CHECKPOINTING"),
+    "MERGE_LORA",
+)
 
 
 # ---- Rules
@@ -201,6 +267,8 @@ RULES = {
     "KL_ESTIMATOR": (str, ("k1", "k2", "k3", "ratio_k3"), None),
     "POLICY_DTYPE": (str, ("float32", "bfloat16"), None),
     "FROZEN_DTYPE": (str, ("auto", "float32", "bfloat16"), None),
+    "USE_SEQUENCE_LEVEL_REWARD": (bool, (True, False), None),
+    "STEP_SEPARATOR": (str, lambda v: True, ""),
     "TRUST_REMOTE_CODE": (bool, (True, False), None),
     "PROMPTS_CONFIG": (str, lambda v: True, ""),
     "EVAL_PROMPTS": (str, lambda v: True, ""),
@@ -232,6 +300,8 @@ RULES = {
     "SELFTEST": (bool, (True, False), None),
     "WANDB_PROJECT": (str, lambda v: True, ""),
     "SAVE_EVERY": (int, _not_negative, "0 or more steps; 0 saves only at the end"),
+    "KEEP_CHECKPOINTS": (int, _positive, "at least 1, or there is nothing to resume from"),
+    "RESUME": (str, lambda v: True, ""),
     "SAMPLE_GROUPS": (int, _not_negative, "0 or more groups per step"),
     "ADAPTIVE_KL": (bool, (True, False), None),
     "LENGTH_NORMALIZED_RATIO": (bool, (True, False), None),
@@ -243,9 +313,7 @@ _NAMES = (
     "ANSWER_COLUMN REWARDS EVAL_REWARD LORA_TARGETS OUTPUT_DIR"
 )
 RULES |= dict.fromkeys(_NAMES.split(), (str, bool, "a text that is not empty"))
-RULES |= dict.fromkeys(
-    ("POLICY_DEVICE", "REF_DEVICE", "REWARD_DEVICE"), (str, bool, 'a device such as "cpu" or "cuda:0"')
-)
+RULES |= dict.fromkeys(DEVICES, (str, bool, 'a device such as "cpu" or "cuda:0"'))
 
 
 def _rule(name):
@@ -268,8 +336,24 @@ def validate(namespace):
             raise InputError(f"{name} = {value!r} must be {text}; edit it or give {flag}")
     if namespace.get("LOSS_AGGREGATION") == "constant" and "LOSS_DIVISOR" not in namespace:
         raise InputError("LOSS_AGGREGATION = 'constant' is for grpo.py; this script has no LOSS_DIVISOR to divide by")
+    if not namespace["USE_SEQUENCE_LEVEL_REWARD"]:
+        if namespace.get("RATIO_LEVEL") == "sequence":
+            raise InputError(
+                "RATIO_LEVEL = 'sequence' has no place for rewards per token; --ratio-level sequence_token"
+            )
+        if not re.search(r"\breward_model\b", namespace["REWARDS"]):
+            raise InputError("USE_SEQUENCE_LEVEL_REWARD = False is for a reward model; add it: --rewards reward_model")
     if namespace["MINI_BATCHES"] > namespace["BATCH_SIZE"] * namespace["GROUP_SIZE"]:
         raise InputError("MINI_BATCHES is more than BATCH_SIZE x GROUP_SIZE completions; lower --mini-batches")
+
+
+def warn_about_constants(namespace):
+    """Says so where constants ask for something that cannot work."""
+    epochs = next(value for name, value in constant_values(namespace).items() if name.endswith("_EPOCHS"))
+    if epochs * namespace["MINI_BATCHES"] == 1:
+        print("Warning: one update per rollout, so the ratio is always 1 and the clip is dead; raise MINI_BATCHES")
+    if namespace["TOP_P"] < 1:
+        print(f"Warning: TOP_P = {namespace['TOP_P']} below 1 samples from another distribution than the ratio assumes")
 
 
 # ---- Devices and paths
@@ -296,7 +380,7 @@ def choose_devices(policy, ref, reward):
     """
     import torch
 
-    wanted = {"POLICY_DEVICE": policy, "REF_DEVICE": ref, "REWARD_DEVICE": reward}
+    wanted = dict(zip(DEVICES, (policy, ref, reward), strict=True))
     gpus = torch.cuda.device_count()
     chosen = {
         name: value if value not in ("cuda:0", "cuda:1") or gpus > 1 else "cuda:0" if gpus == 1 else "cpu"

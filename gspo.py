@@ -30,21 +30,20 @@ Run:   python gspo.py                     the embedded task, on any machine
 import hashlib
 import math
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import configs
-import page
-import plotting
 from configs import InputError
-from loading import load_all, save_policy
+from loading import load_all
+from metrics import samples_of, speed_metrics, step_metrics
 from rewards import Rewards, find_reward, parse_rewards
-from runs import Run, accuracy_metrics, samples_of, speed_metrics
+from runs import Run
 from selftest import selftest
 
 # ---- Constants -------------------------------------------------------------------------------------------------------
@@ -55,6 +54,8 @@ POLICY_REVISION = "main"  # branch, tag or commit of a Hub id
 POLICY_DTYPE = "float32"  # of the weights that train; "bfloat16" halves them, and swallows most updates below 1e-5
 REWARD_MODEL = "data/models/arithmetic-reward"  # folder or Hub id of a sequence classifier with one logit
 REWARD_REVISION = "main"  # branch, tag or commit of a Hub id
+USE_SEQUENCE_LEVEL_REWARD = True  # one reward per completion; False: REWARD_MODEL is a token classifier, one per token
+STEP_SEPARATOR = ""  # of token rewards only those count that end a step, where this text stands; "" counts all
 FROZEN_DTYPE = "auto"  # of reference and reward model; "auto" is bfloat16 on a GPU and float32 elsewhere
 TRUST_REMOTE_CODE = False  # run Python code that comes with a model
 PROMPTS = "data/arithmetic/train.jsonl"  # training prompts: a JSONL, JSON or Parquet file, or a Hub id of a dataset
@@ -105,7 +106,6 @@ WARMUP_STEPS = 5  # steps of linear warm-up
 WEIGHT_DECAY = 0.0  # AdamW's
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 MICRO_BATCH_TOKENS = 1024  # tokens per forward pass, padding included; more is faster on a GPU, less saves memory
-
 LOGITS_AT_ONCE = 2**26  # logits alive at once in training, tokens x vocabulary: a quarter of a GB
 GRADIENT_CHECKPOINTING = False  # compute activations again in the backward pass instead of keeping them
 
@@ -121,10 +121,12 @@ EVAL_EVERY = 20  # steps between evaluations; 0 evaluates only before the first 
 EVAL_SIZE = 256  # held-out prompts per evaluation
 EVAL_SAMPLES = 4  # completions per held-out prompt for eval_accuracy and eval_pass_at_k
 PASS_AT = 2  # k of eval_pass_at_k, at most EVAL_SAMPLES
-SAVE_EVERY = 0  # steps between checkpoints; 0 saves only final/
+SAVE_EVERY = 20  # steps between checkpoints, which --resume goes on from; 0 saves only final/
+KEEP_CHECKPOINTS = 2  # how many of the latest stay, beside the best by eval_accuracy
 SAMPLE_GROUPS = 2  # groups per step written to samples.jsonl and shown in samples.html
 TENSORBOARD = True  # write event files into the run's folder, if the tensorboard package is there
 WANDB_PROJECT = ""  # project of Weights & Biases to log to; "" is none
+RESUME = ""  # folder of a run to continue from its newest checkpoint, or "latest"
 SELFTEST = False  # check models, data and rewards in a minute, print a table, and train nothing
 SEED = 0  # of everything random
 OUTPUT_DIR = "outputs"  # a run is OUTPUT_DIR/gspo-<time>/
@@ -147,6 +149,26 @@ def compute_relative_advantages(rewards, group_size):
     dead = grouped.amax(1, keepdim=True) == grouped.amin(1, keepdim=True)
     dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
     return advantages.masked_fill(dead, 0.0).view(-1).to(dtype)
+
+
+def compute_token_advantages(rewards, completion_mask, group_size):
+    """Advantages of tokens: each token's return, R_it = Σ_{u ≥ t} r_iu, minus the mean over all tokens of the group.
+
+    Over their std + 1e-6 if ADVANTAGE_TYPE is "normalized". rewards (B, T), groups contiguous -> (B, T), no gradient, 0
+    where masked and in a dead group. Process supervision, as in DeepSeekMath (arXiv 2402.03300, section 4.1.3), which
+    normalizes rewards before it sums them.
+    """
+    returns = rewards.detach().double().masked_fill(~completion_mask, 0.0).flip(1).cumsum(1).flip(1)  # (B, T)
+    advantages = torch.zeros_like(returns)
+    for first in range(0, len(rewards), group_size):
+        group = slice(first, first + group_size)
+        mask, values = completion_mask[group], returns[group][completion_mask[group]]  # (G, T), (tokens,)
+        centred = values - values.mean()
+        if ADVANTAGE_TYPE == "normalized":
+            centred = centred / (values.std() + 1e-6)
+        if values.min() < values.max():
+            advantages[group][mask] = centred
+    return advantages.to(rewards.dtype)
 
 
 def compute_sequence_ratio(logps, old_logps, completion_mask):
@@ -387,11 +409,11 @@ def sample_tokens(logits, uniform):
 
 
 @torch.no_grad()
-def sample_completions(model, tokenizer, eos_ids, rows, group_size, purpose, greedy=False):
+def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
     """group_size completions of each row's prompt, all together: Rollouts.
 
-    Each prompt goes through the model once, and its key/value cache is repeated for the group. Finished rows leave the
-    batch. Randomness depends on SEED, purpose and the row's place alone.
+    uniform (B, MAX_COMPLETION_TOKENS): numbers in [0, 1) that decide each token; None decodes greedily. Each prompt
+    goes through the model once, and its key/value cache is repeated for the group. Finished rows leave the batch.
     """
     device, steps, batch = model.device, MAX_COMPLETION_TOKENS, len(rows) * group_size
     lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
@@ -400,7 +422,7 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, purpose, gre
     padded = [[pad_id] * (width - len(row["prompt_ids"])) + row["prompt_ids"] for row in rows]
     prompt_ids = torch.tensor(padded)  # (prompts, P), padded on the left
     visible = torch.arange(width + steps) >= (width - lengths)[:, None]  # (prompts, P + T)
-    uniform = torch.rand(batch, steps, dtype=torch.float64, generator=generator_of(*purpose)).to(device)
+    uniform = None if uniform is None else uniform.to(device)
     prompt_ids, visible, next_position = prompt_ids.to(device), visible.to(device), lengths.to(device)
     eos_ids = torch.tensor(eos_ids, device=device)
 
@@ -423,7 +445,7 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, purpose, gre
         running = torch.ones(batch, dtype=torch.bool, device=device)
         for t in range(steps):
             logits = model.get_output_embeddings()(hidden)  # (rows, V)
-            tokens, logps[place, t] = sample_tokens(logits, None if greedy else uniform[place, t])
+            tokens, logps[place, t] = sample_tokens(logits, None if uniform is None else uniform[place, t])
             completion_ids[place, t] = tokens
             completion_lengths[place] += running
             running &= ~torch.isin(tokens, eos_ids)
@@ -450,6 +472,12 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, purpose, gre
     return assemble(
         tokenizer, rows, group_size, completion_ids.cpu(), completion_lengths.cpu(), logps.cpu(), truncated.cpu()
     )
+
+
+def on_last_token(values, rollouts):
+    """(B,) -> (B, T): what is said of completions, put on the last token of each."""
+    last = rollouts.completion_lengths[:, None] - 1
+    return torch.zeros(rollouts.completion_mask.shape).scatter(1, last, values[:, None].float())
 
 
 def assemble(tokenizer, rows, group_size, completion_ids, completion_lengths, logps, truncated):
@@ -479,55 +507,83 @@ class GSPOTrainer:
 
     def __init__(self):
         configs.validate(globals())
-        self.policy_device, self.ref_device, self.reward_device = configs.choose_devices(
-            POLICY_DEVICE, REF_DEVICE, REWARD_DEVICE
-        )
-        devices, weights = (self.policy_device, self.ref_device, self.reward_device), parse_rewards(REWARDS)
+        devices, weights = configs.choose_devices(POLICY_DEVICE, REF_DEVICE, REWARD_DEVICE), parse_rewards(REWARDS)
+        self.policy_device, self.ref_device, self.reward_device = devices
         find_reward(EVAL_REWARD, "EVAL_REWARD")
         loaded = load_all(globals(), devices, weights, generator_of("held out"))
         self.train_rows, self.eval_rows = loaded.train_rows, loaded.eval_rows
         self.tokenizer, self.eos_ids = loaded.tokenizer, loaded.eos_ids
         self.policy, self.adapter, self.ref_model = loaded.policy, loaded.adapter, loaded.ref_model
         self.reward_model = loaded.reward_model
-        self.rewards = Rewards(weights, self.score_with_reward_model)
-        self.eval_reward = Rewards({EVAL_REWARD: 1.0})
+        self.rewards, self.eval_reward = Rewards(weights, self.reward_model), Rewards({EVAL_REWARD: 1.0})
 
         elsewhere = {self.ref_device, self.reward_device} - {self.policy_device}
         self.worker = ThreadPoolExecutor(1) if elsewhere else None
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
-        self.metrics_history, self.samples = [], []
+        self.halvings = Counter()  # of what goes through a model at once, for lack of memory
+        self.metrics_history, self.samples, self.skipped = [], [], []
         self.run = None  # made by train(), so that a run that never started leaves nothing behind
 
     # -- The steps of the algorithm
 
     def generate_responses_with_group_sampling(self, step):
         """GROUP_SIZE completions of each of the step's prompts from the policy as it is."""
-        return self.sample(prompts_of_step(self.train_rows, step), ("rollout", step))
+        return self.sample(prompts_of_step(self.train_rows, step), GROUP_SIZE, ("rollout", step))
 
-    def sample(self, rows, purpose):
-        """GROUP_SIZE completions of each row's prompt, as many prompts at a time as SAMPLED_AT_ONCE has room for."""
-        size, parts = max(1, SAMPLED_AT_ONCE // GROUP_SIZE) if SAMPLED_AT_ONCE > 0 else len(rows), []
-        for i in range(0, len(rows), size):
-            part = (rows[i : i + size], GROUP_SIZE, purpose if i == 0 else (*purpose, i))
-            parts.append(sample_completions(self.policy, self.tokenizer, self.eos_ids, *part))
-        return parts[0] if len(parts) == 1 else join(parts)
+    def sample(self, rows, group_size, purpose, greedy=False):
+        """group_size completions of each row's prompt, as many at once as SAMPLED_AT_ONCE says.
+
+        Randomness depends on SEED, purpose and the place of each completion, not on how many are sampled at once.
+        """
+        shape = (len(rows) * group_size, MAX_COMPLETION_TOKENS)
+        uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator_of(*purpose))
+
+        def sample_in_parts(at_once):
+            parts, size = [], max(1, at_once // group_size)
+            for i in range(0, len(rows), size):
+                chosen = None if greedy else uniform[i * group_size : (i + size) * group_size]
+                part = (rows[i : i + size], group_size, chosen)
+                parts.append(sample_completions(self.policy, self.tokenizer, self.eos_ids, *part))
+            return parts[0] if len(parts) == 1 else join(parts)
+
+        return self.as_fits("sampling", SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE, sample_in_parts)
+
+    def as_fits(self, purpose, most, work):
+        """work(most); where memory runs out, again with half of it, from then on. What is computed stays the same."""
+        while True:
+            size = max(1, most >> self.halvings[purpose])
+            try:
+                return work(size)
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise InputError(
+                        f"out of memory in {purpose} with one completion at a time ({error}); use a smaller model, "
+                        "--lora-rank, --gradient-checkpointing or a lower --max-completion-tokens"
+                    ) from None
+            self.halvings[purpose] += 1
+            torch.cuda.empty_cache()
 
     def compute_rewards(self, rollouts):
-        """The weighted sum of REWARDS, one number per completion: (B,)."""
-        return torch.tensor(self.rewards(rollouts.prompts, rollouts.texts))
-
-    def score_with_reward_model(self, rows, texts):
-        return self.reward_model(rows, texts, lambda lengths: micro_batches(lengths, MICRO_BATCH_TOKENS))
+        """The weighted sum of REWARDS, (B,); where the reward model scores tokens (B, T), other rewards on the last."""
+        rewards = torch.tensor(self.rewards(rollouts.prompts, rollouts.texts, rollouts))
+        if USE_SEQUENCE_LEVEL_REWARD:
+            return rewards
+        token_rewards = self.rewards.weights["reward_model"] * self.reward_model.token_scores  # (B, T)
+        return token_rewards + on_last_token(rewards - token_rewards.sum(1), rollouts)
 
     @torch.no_grad()
     def compute_log_probs(self, model, rollouts, count=None):
         """Log-probs of all completions, or of the first `count`, under a model: (B, T) on its device."""
-        logps = torch.zeros(rollouts.completion_mask[:count].shape, device=model.device)
-        for rows in micro_batches(rollouts.lengths[:count], MICRO_BATCH_TOKENS):
-            logps[rows.to(model.device)], _ = completion_logps(model, rollouts, rows)
-        return logps
+
+        def compute(budget):
+            logps = torch.zeros(rollouts.completion_mask[:count].shape, device=model.device)
+            for rows in micro_batches(rollouts.lengths[:count], budget):
+                logps[rows.to(model.device)], _ = completion_logps(model, rollouts, rows)
+            return logps
+
+        return self.as_fits("log-probs", MICRO_BATCH_TOKENS, compute)
 
     def compute_old_logps(self, rollouts):
         """log π_old, of the policy that sampled: (B, T). It is the policy as it stands, before the step's updates."""
@@ -539,15 +595,32 @@ class GSPOTrainer:
         return rewards, None if self.ref_model is None else self.compute_log_probs(self.ref_model, rollouts)
 
     def update(self, rollouts, rows, old_logps, ref_logps, advantages):
-        """One optimizer step on some completions, in micro-batches. Returns the losses and the statistics of the ratio.
+        """One optimizer step on some completions. Returns the losses and the statistics of the ratio.
 
-        Each micro-batch counts by its share of the whole, so that how it is split cannot change the gradient.
+        A loss or gradient that is not finite moves nothing: the step is skipped, and counted by its grad_norm.
+        """
+        batch = (rollouts, rows, old_logps, ref_logps, advantages)
+        logps, stats = self.as_fits("updates", MICRO_BATCH_TOKENS, lambda budget: self.compute_gradient(*batch, budget))
+        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
+        if stats["grad_norm"].isfinite():
+            self.optimizer.step()
+        mask, rows = rollouts.completion_mask[rows].to(self.policy_device), rows.to(self.policy_device)
+        stats |= compute_policy_loss(logps, old_logps[rows], advantages[rows], mask)[1]
+        if ref_logps is not None:
+            stats["kl_divergence"] = per_token(compute_kl(logps, ref_logps[rows]), mask)
+        return stats
+
+    def compute_gradient(self, rollouts, rows, old_logps, ref_logps, advantages, budget):
+        """The gradient of the loss over some completions, in micro-batches of at most budget tokens.
+
+        Each micro-batch counts by its share of the whole, so that how it is split cannot change the gradient. Returns
+        logps (rows, T) without gradient, and the losses.
         """
         mask, total = rollouts.completion_mask[rows].to(self.policy_device), loss_weight(rollouts.completion_mask[rows])
         logps, stats = torch.zeros(mask.shape, device=self.policy_device), {}
         self.optimizer.zero_grad()
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
-        for part in micro_batches(rollouts.lengths[rows], MICRO_BATCH_TOKENS):
+        for part in micro_batches(rollouts.lengths[rows], budget):
             chosen = rows[part]
             share = loss_weight(rollouts.completion_mask[chosen]) / total
             logps_part, entropy = completion_logps(self.policy, rollouts, chosen, with_entropy=ENTROPY_COEF > 0)
@@ -565,13 +638,7 @@ class GSPOTrainer:
             for name, loss in losses.items():
                 stats[name] = stats.get(name, 0.0) + share * loss.detach()
         self.policy.eval()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
-        self.optimizer.step()
-        rows = rows.to(self.policy_device)
-        stats |= compute_policy_loss(logps, old_logps[rows], advantages[rows], mask)[1]
-        if ref_logps is not None:
-            stats["kl_divergence"] = per_token(compute_kl(logps, ref_logps[rows]), mask)
-        return stats | {"grad_norm": grad_norm}
+        return logps, stats
 
     def update_kl_coef(self, mean_kl):
         """Adapts the weight of the KL term for the next step."""
@@ -600,8 +667,13 @@ class GSPOTrainer:
             with self.adapter.disable_adapter():
                 ref_logps = self.compute_log_probs(self.policy, rollouts)
         ref_logps = None if ref_logps is None else ref_logps.to(self.policy_device)
-        advantages = compute_relative_advantages(rewards, GROUP_SIZE)
+        if USE_SEQUENCE_LEVEL_REWARD:
+            advantages = compute_relative_advantages(rewards, GROUP_SIZE)
+        else:
+            mask = rollouts.completion_mask.to(self.policy_device)
+            advantages = compute_token_advantages(rewards, mask, GROUP_SIZE)
         times.append(time.perf_counter())
+        Run.interruptible = False  # from here to its end the step changes weights: a signal waits
         updates, in_loss = [], completions_in_loss(rollouts.truncated).nonzero().squeeze(1)
         for epoch in range(GSPO_EPOCHS):
             order = in_loss[torch.randperm(len(in_loss), generator=generator_of("mini-batches", step, epoch))]
@@ -609,14 +681,16 @@ class GSPOTrainer:
                 if len(rows) > 0:
                     updates.append(self.update(rollouts, rows, old_logps, ref_logps, advantages))
         metrics = {"step": step, "learning_rate": learning_rate, "kl_coef": self.kl_coef}
-        metrics |= self.sampling_metrics(rollouts) | step_metrics(rollouts, rewards, advantages, old_logps, updates)
-        metrics |= self.reward_metrics()
+        metrics |= self.sampling_metrics(rollouts) | self.rewards.report()
+        metrics |= step_metrics(rollouts, rewards, advantages, old_logps, updates, GROUP_SIZE)
         times.append(time.perf_counter())
         if metrics["kl_divergence"] is not None:
             self.update_kl_coef(metrics["kl_divergence"])
         if SAMPLE_GROUPS > 0:
             new_logps = self.compute_log_probs(self.policy, rollouts, SAMPLE_GROUPS * GROUP_SIZE)
             self.samples = samples_of(step, self.tokenizer, rollouts, rewards, advantages, old_logps, new_logps)
+        if metrics["skipped_updates"]:
+            self.skipped = samples_of(step, self.tokenizer, rollouts, rewards, advantages, old_logps, old_logps)
         return metrics | speed_metrics(times, metrics["completion_tokens"], self.policy_device)
 
     def sampling_metrics(self, rollouts):
@@ -627,143 +701,30 @@ class GSPOTrainer:
             "completion_tokens": tokens,
             "avg_response_length": tokens / len(rollouts.texts),
             "truncated": rollouts.truncated.double().mean().item(),
+            "memory_halvings": self.halvings.total(),
         }
-
-    def reward_metrics(self):
-        """Each reward's mean, the share that failed, and how often the reward model's context was too short."""
-        return self.rewards.report() | ({} if self.reward_model is None else self.reward_model.report())
 
     # -- Around the steps
 
-    def evaluate(self):
-        """Held-out accuracy by EVAL_REWARD: metrics, and the greedy completions.
-
-        From EVAL_SAMPLES sampled completions per prompt, and from a greedy one. The random numbers are the same each
-        time, so that two evaluations differ by the policy alone.
-        """
-        accuracies = {}
-        for greedy, group_size in ((False, EVAL_SAMPLES), (True, 1)):
-            right, texts = [], []
-            chunk = max(1, (SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE) // group_size)  # as many at once as in training
-            for first in range(0, len(self.eval_rows), chunk):
-                rows, purpose = self.eval_rows[first : first + chunk], ("evaluation", first)
-                rollouts = sample_completions(
-                    self.policy, self.tokenizer, self.eos_ids, rows, group_size, purpose, greedy
-                )
-                texts += rollouts.texts
-                right += self.eval_reward(rollouts.prompts, rollouts.texts)
-            if greedy:
-                accuracies["eval_accuracy_greedy"] = sum(right) / len(right)
-            else:
-                accuracies |= accuracy_metrics(right, EVAL_SAMPLES, PASS_AT)
-        return accuracies, texts
-
     def train(self):
         """Trains for MAX_STEPS steps. Returns metrics_history, which is also what metrics.jsonl holds."""
-        self.warn_about_constants()
-        devices = {
-            "POLICY_DEVICE": self.policy_device,
-            "REF_DEVICE": self.ref_device,
-            "REWARD_DEVICE": self.reward_device,
-        }
-        constants = configs.constant_values(globals()) | {name: str(device) for name, device in devices.items()}
-        self.run = Run(OUTPUT_DIR, __file__, constants)
-        self.rewards.log = self.eval_reward.log = self.run.folder / "reward_failures.jsonl"
-        print(f"Run folder: {self.run.folder}")
-        before, texts_before = self.evaluate()
-        self.log({"step": 0} | before)
-        after, drawn = before, time.perf_counter()
-        bar = tqdm(range(1, MAX_STEPS + 1), desc=self.run.algorithm, unit="step", dynamic_ncols=True)
-        for step in bar:
-            done, evaluating = step - 1, step == MAX_STEPS or EVAL_EVERY > 0 and step % EVAL_EVERY == 0
-            try:
-                metrics = self.train_step(step)
-                done = step
-                if evaluating:
-                    after, texts_after = self.evaluate()
-                    metrics |= after
-            except InputError as error:
-                if step > 1:
-                    self.draw()
-                folder = self.save(f"checkpoints/step-{done}")
-                raise InputError(f"step {step}: {error}; the model after step {done} is in {folder}") from None
-            self.log(metrics)
-            self.run.log_samples(self.samples)
-            if SAVE_EVERY > 0 and step % SAVE_EVERY == 0:
-                self.save(f"checkpoints/step-{step}")
-            if step == MAX_STEPS:
-                self.save("final", merge=MERGE_LORA)
-            if evaluating or time.perf_counter() - drawn > 30:
-                self.draw()
-                drawn = time.perf_counter()
-            if step == min(10, MAX_STEPS):
-                self.warn_about_clip()
-            bar.set_postfix_str(
-                f"reward {metrics['reward']:.2f}, accuracy {after['eval_accuracy']:.2f}, "
-                f"KL {metrics['kl_divergence'] or 0:.3f}, clipped {metrics['clip_fraction'] or 0:.0%}, "
-                f"{metrics['tokens_per_second']:.0f} tokens/s"
-            )
-        self.run.print_summary(before, after, self.eval_rows, texts_before, texts_after)
+        with Run(self, globals()) as self.run:
+            for step in self.run.steps():
+                self.run.end_of_step(step, self.train_step(step))
         return self.metrics_history
 
-    def save(self, name, merge=False):
-        return self.run.save(
-            name,
-            lambda folder: save_policy(folder, self.policy, self.adapter, merge),
-            self.tokenizer.save_pretrained,
-        )
+    def state(self):
+        """What a checkpoint holds beside the weights. Nothing random: that comes from generator_of alone."""
+        return {"optimizer": self.optimizer.state_dict(), "kl_coef": self.kl_coef}
 
-    def draw(self):
-        plotting.draw_run(self.run.folder)
-        page.draw_samples(self.run.folder)
-
-    def log(self, metrics):
-        self.metrics_history.append(metrics)
-        self.run.log_metrics(metrics)
-
-    def warn_about_constants(self):
-        """Says so where constants ask for something that cannot work."""
-        if GSPO_EPOCHS * MINI_BATCHES == 1:
-            print("Warning: one update per rollout, so the ratio is always 1 and the clip is dead; raise MINI_BATCHES")
-        if TOP_P < 1:
-            print(f"Warning: TOP_P = {TOP_P} below 1 samples from another distribution than the ratio assumes")
-
-    def warn_about_clip(self):
-        """After some steps: says so if the clip is so wide that it has never acted."""
-        steps = [metrics for metrics in self.metrics_history if metrics.get("clip_fraction") is not None]
-        if steps and GSPO_EPOCHS * MINI_BATCHES > 1 and not any(metrics["clip_fraction"] for metrics in steps):
-            least, greatest = min(m["ratio_min"] for m in steps), max(m["ratio_max"] for m in steps)
-            tqdm.write(
-                f"Warning: in {len(steps)} steps the ratio stayed in [{least:.6f}, {greatest:.6f}] and the clip never "
-                f"acted; lower CLIP_LOW = {CLIP_LOW:g} and CLIP_HIGH = {CLIP_HIGH:g}"
-            )
+    def load_state(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.kl_coef = state["kl_coef"]
 
 
 def per_token(values, completion_mask):
     """The mean of (B, T) over tokens, weighed as the loss weighs them, whatever its denominator: what is logged."""
     return aggregate(values, completion_mask) / aggregate(torch.ones_like(values), completion_mask)
-
-
-def step_metrics(rollouts, rewards, advantages, old_logps, updates):
-    """The metrics of a step; those of its updates by their mean, or by the least and greatest of a *_min and *_max.
-
-    Without any update, where no completion was in the loss, there is no ratio and no gradient: None.
-    """
-    mask = rollouts.completion_mask.to(old_logps.device)
-    merged = {"policy_loss": 0.0, "entropy_loss": 0.0, "kl_loss": 0.0}
-    merged |= dict.fromkeys(("kl_divergence", "clip_fraction", "ratio_mean", "ratio_min", "ratio_max", "grad_norm"))
-    for name in updates[0] if updates else ():
-        values = torch.stack([update[name] for update in updates]).double()
-        reduce = values.min if name.endswith("_min") else values.max if name.endswith("_max") else values.mean
-        merged[name] = reduce().item()
-    return merged | {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std().item(),
-        "relative_advantage": advantages.abs().mean().item(),
-        "dead_groups": (advantages.view(-1, GROUP_SIZE) == 0).all(1).double().mean().item(),
-        "entropy": per_token(-old_logps, mask).item(),
-        "sampler_gap": (rollouts.sampled_logps.to(mask.device) - old_logps)[mask].abs().mean().item(),
-    }
 
 
 def learning_rate_at(step):

@@ -9,6 +9,7 @@ import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from configs import InputError, find_model, find_path, is_hub_id
 
@@ -175,21 +176,49 @@ def add_lora(model, rank, alpha, targets):
         raise InputError(f"LORA_TARGETS = {targets!r}: {error}; give names of the model's linear layers") from None
 
 
-def save_policy(folder, model, adapter=None, merge=False):
-    """Writes a policy in Hugging Face layout: all weights, or its adapter alone, or the weights with the adapter in."""
+def policy_weights(model, adapter=None):
+    """What a checkpoint has to hold: {name: tensor} of all weights, or of those of the adapter."""
+    weights = model.state_dict() if adapter is None else adapter.state_dict()
+    return weights if adapter is None else {name: value for name, value in weights.items() if ".lora_" in name}
+
+
+def save_policy(folder, model, adapter=None, weights=None):
+    """Writes a policy in Hugging Face layout: all weights, or its adapter alone; as they are, or a copy of them."""
+    (model if adapter is None else adapter).save_pretrained(folder, state_dict=weights)
+
+
+def save_merged(folder, model, adapter):
+    """Writes the whole model with the adapter's part added in; the model itself stays, for adding in place rounds."""
+    import peft
+
+    weights = {key: value for key, value in model.state_dict().items() if ".lora_" not in key}
+    weights = {key.replace(".base_layer.", "."): value for key, value in weights.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            weights[f"{name}.weight"] = module.get_base_layer().weight + module.get_delta_weight("default")
+    model.save_pretrained(folder, state_dict=weights)
+
+
+@torch.no_grad()
+def load_policy(folder, model, adapter=None):
+    """Puts what save_policy wrote into a policy, in place. Raises InputError unless all weights are there and fit."""
+    name = str(folder)
     if adapter is None:
-        model.save_pretrained(folder)
-    elif not merge:
-        adapter.save_pretrained(folder)
+        saved = load_model(type(model), name, "checkpoint", torch.device("cpu"), dtype=model.dtype)
+        saved = dict(saved.named_parameters()) | dict(saved.named_buffers())
+        mine = dict(model.named_parameters()) | dict(model.named_buffers())
     else:
         import peft
 
-        weights = {key: value for key, value in model.state_dict().items() if ".lora_" not in key}
-        weights = {key.replace(".base_layer.", "."): value for key, value in weights.items()}
-        for name, module in model.named_modules():
-            if isinstance(module, peft.tuners.lora.LoraLayer):  # not merged in place, which would round the weights
-                weights[f"{name}.weight"] = module.get_base_layer().weight + module.get_delta_weight("default")
-        model.save_pretrained(folder, state_dict=weights)
+        try:
+            saved = load_file(folder / "adapter_model.safetensors")
+        except LOAD_ERRORS as error:
+            raise InputError(f"checkpoint {name}: the adapter cannot be loaded: {error}") from None
+        mine = peft.get_peft_model_state_dict(adapter)  # the tensors themselves, under the names that it saves
+    if wrong := sorted(saved.keys() ^ mine.keys()) or [key for key in mine if saved[key].shape != mine[key].shape]:
+        raise InputError(f"checkpoint {name}: its weights do not fit the policy: {wrong[:3]}; give the run's own model")
+    for key, value in mine.items():
+        value.copy_(saved[key])
 
 
 def load_tokenizer(name, constant, *, revision="main", trust=False):
@@ -241,10 +270,11 @@ class RewardModel:
 
     It has its own tokenizer, and sees a chat by its own template where it has one, else prompt and completion as one
     text. What is longer than the model's context loses its beginning; report() says how often.
+    batches: a function that splits rows into batches by their lengths.
     """
 
-    def __init__(self, model, tokenizer, name):
-        self.model, self.tokenizer = model.requires_grad_(False), tokenizer
+    def __init__(self, model, tokenizer, name, batches):
+        self.model, self.tokenizer, self.batches = model.requires_grad_(False), tokenizer, batches
         config = model.config.get_text_config()
         config.pad_token_id = tokenizer.pad_token_id
         if model.config.num_labels != 1:
@@ -254,8 +284,8 @@ class RewardModel:
         self.seen = self.cut = 0
 
     @torch.no_grad()
-    def __call__(self, rows, texts, batches):
-        """A score per completion, as a list. batches: a function that splits rows into batches by their lengths."""
+    def __call__(self, rows, texts, _):
+        """A score per completion, as a list."""
         texts = [self.text_of(row, text) for row, text in zip(rows, texts, strict=True)]
         distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal completions get equal scores
         whole = self.tokenizer(list(distinct), add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
@@ -263,7 +293,7 @@ class RewardModel:
         self.seen, self.cut = self.seen + len(texts), self.cut + sum(cut[distinct[text]] for text in texts)
         lengths, device = torch.tensor([min(len(ids), self.longest) for ids in whole]), self.model.device
         scores = torch.zeros(len(whole), device=device)
-        for rows in batches(lengths):
+        for rows in self.batches(lengths):
             ids = {"input_ids": [whole[i][-self.longest :] for i in rows]}
             batch = self.tokenizer.pad(ids, return_tensors="pt", padding_side="right").to(device)
             scores[rows.to(device)] = self.model(**batch).logits[:, 0].float()
@@ -282,6 +312,63 @@ class RewardModel:
         return {"reward_cut": cut / max(1, seen)}
 
 
+class TokenRewardModel:
+    """A learned reward per token: the one logit of a token classifier at each token of a completion.
+
+    It reads the very ids that the policy sampled, so it has the policy's vocabulary. With a separator, only the tokens
+    count that end a step, where that text stands, and the last one. The rest is as in RewardModel.
+    """
+
+    def __init__(self, model, tokenizer, policy_tokenizer, name, batches, separator):
+        self.model, self.tokenizer, self.batches = model.requires_grad_(False), policy_tokenizer, batches
+        self.separator, self.token_scores, self.seen, self.cut = separator, None, 0, 0
+        if model.config.num_labels != 1:
+            raise InputError(f"REWARD_MODEL = {name!r} has {model.config.num_labels} logits; give a model with 1")
+        if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
+            raise InputError(
+                f"REWARD_MODEL = {name!r} does not have the policy's vocabulary, whose tokens it is to score; give one "
+                "with the same tokenizer, or --use-sequence-level-reward"
+            )
+        self.longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62
+
+    @torch.no_grad()
+    def __call__(self, rows, texts, rollouts):
+        """The sum of each completion's token scores, as a list. token_scores (B, T) holds them, else 0."""
+        mask, lengths = rollouts.completion_mask, rollouts.lengths
+        self.token_scores = torch.zeros(mask.shape)
+        self.seen, self.cut = self.seen + len(texts), self.cut + int((lengths > self.longest).sum())
+        for batch in self.batches(lengths.clamp(max=self.longest)):
+            kept = [rollouts.input_ids[i, : lengths[i]][-self.longest :] for i in batch]
+            ids = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)  # on the right, which a causal model ignores
+            here = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in kept])[:, None]
+            device = self.model.device
+            logits = self.model(input_ids=ids.to(device), attention_mask=here.to(device)).logits[..., 0].float().cpu()
+            for row, i, scores in zip(kept, batch.tolist(), logits, strict=True):
+                count = min(int(rollouts.completion_lengths[i]), len(row))
+                last = int(rollouts.completion_lengths[i])
+                self.token_scores[i, last - count : last] = scores[len(row) - count : len(row)]
+        if self.separator:
+            self.token_scores.masked_fill_(~self.step_ends(rollouts), 0.0)
+        sums = self.token_scores.double().sum(1)
+        self.token_scores[~sums.isfinite()] = 0.0  # the sum says that it failed
+        return sums.tolist()
+
+    def step_ends(self, rollouts):
+        """Which tokens end a step: those in whose text the separator comes to its end, and each completion's last."""
+        ends = torch.zeros_like(rollouts.completion_mask)
+        for i, (start, end) in enumerate(zip(rollouts.prompt_lengths, rollouts.lengths, strict=True)):
+            pieces = [self.tokenizer.decode([token]) for token in rollouts.input_ids[i, start:end].tolist()]
+            text, written = "", 0
+            for t, piece in enumerate(pieces):
+                text += piece
+                ends[i, t] = text.count(self.separator) > written
+                written = text.count(self.separator)
+            ends[i, len(pieces) - 1] = True
+        return ends
+
+    report = RewardModel.report
+
+
 # ---- All of it
 
 
@@ -296,7 +383,7 @@ class Loaded:
     eos_ids: list
     adapter: object  # peft's, None without LoRA
     ref_model: torch.nn.Module  # None without a KL term, or where the policy without its adapter is the reference
-    reward_model: RewardModel  # None where REWARDS does not name it
+    reward_model: object  # RewardModel or TokenRewardModel, None where REWARDS does not name it
 
 
 def load_all(constants, devices, reward_names, generator):
@@ -305,7 +392,7 @@ def load_all(constants, devices, reward_names, generator):
     constants: the script's globals(). devices: of policy, reference and reward model. generator: decides which prompts
     are held out where EVAL_PROMPTS is "".
     """
-    c = SimpleNamespace(**{name: value for name, value in constants.items() if name.isupper()})
+    c = SimpleNamespace(**constants)
     columns = (c.PROMPT_COLUMN, c.ANSWER_COLUMN, c.PROMPTS_CONFIG)
     train_rows = load_prompts(c.PROMPTS, "PROMPTS", *columns, c.PROMPTS_SPLIT)
     if c.EVAL_PROMPTS:
@@ -336,12 +423,18 @@ def load_all(constants, devices, reward_names, generator):
     if "reward_model" in reward_names:
         options = {"revision": c.REWARD_REVISION, "trust": c.TRUST_REMOTE_CODE}
         dtype = frozen_dtype(c.FROZEN_DTYPE, reward_device)
-        classifier = transformers.AutoModelForSequenceClassification
-        reward_model = RewardModel(
-            load_model(classifier, c.REWARD_MODEL, "REWARD_MODEL", reward_device, dtype=dtype, **options),
-            load_tokenizer(c.REWARD_MODEL, "REWARD_MODEL", **options),
-            c.REWARD_MODEL,
-        )
+        classifiers = transformers.AutoModelForSequenceClassification, transformers.AutoModelForTokenClassification
+        classifier = classifiers[not c.USE_SEQUENCE_LEVEL_REWARD]
+        model = load_model(classifier, c.REWARD_MODEL, "REWARD_MODEL", reward_device, dtype=dtype, **options)
+        own_tokenizer = load_tokenizer(c.REWARD_MODEL, "REWARD_MODEL", **options)
+
+        def batches(lengths):
+            return c.micro_batches(lengths, constants["MICRO_BATCH_TOKENS"])
+
+        if c.USE_SEQUENCE_LEVEL_REWARD:
+            reward_model = RewardModel(model, own_tokenizer, c.REWARD_MODEL, batches)
+        else:
+            reward_model = TokenRewardModel(model, own_tokenizer, tokenizer, c.REWARD_MODEL, batches, c.STEP_SEPARATOR)
 
     longest = policy.config.get_text_config().max_position_embeddings - c.MAX_COMPLETION_TOKENS
     longest = min(longest, c.MAX_PROMPT_TOKENS) if c.MAX_PROMPT_TOKENS else longest

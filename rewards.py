@@ -113,8 +113,8 @@ def find_reward(reward, name):
 class Rewards:
     """The weighted sum of some rewards, computed safely.
 
-    weights: {name: weight}. reward_model: a function of (rows, texts) that gives a score each, for "reward_model".
-    file: where the rules are. `log`: a path that failures are appended to, set once a run has a folder.
+    weights: {name: weight}. reward_model: of loading.py, for "reward_model": scores of (rows, texts), and a report.
+    file: where the rules are. log: a function of a list of failures, set once a run has a folder.
     """
 
     def __init__(self, weights, reward_model=None, file=__file__):
@@ -122,12 +122,15 @@ class Rewards:
         self.log, self.scored = None, {name: [] for name in weights}
         self.failures = []
 
-    def __call__(self, rows, texts):
-        """One number per completion. Raises InputError where more than MOST_FAILURES of them fail."""
+    def __call__(self, rows, texts, rollouts=None):
+        """One number per completion; rollouts: for a reward model that scores tokens.
+
+        Raises InputError where more than MOST_FAILURES of the scores fail.
+        """
         total, failed = [0.0] * len(texts), []
         for name, weight in self.weights.items():
             if name == "reward_model":
-                scores = [_checked(score) for score in self.reward_model(rows, texts)]
+                scores = [_checked(score) for score in self.reward_model(rows, texts, rollouts)]
             else:
                 scores = self._by_rule(name, rows, texts)
             for i, (score, problem) in enumerate(scores):
@@ -139,24 +142,23 @@ class Rewards:
             self.scored[name] += [score for score, _ in scores]
         self.failures += failed
         if self.log is not None and failed:
-            with open(self.log, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(failure) + "\n" for failure in failed)
+            self.log(failed)
         if len(failed) > MOST_FAILURES * len(texts) * len(self.weights):
             first = failed[0]
             raise InputError(
                 f"{len(failed)} of {len(texts)} completions got no reward: {first['reward']} {first['problem']} for "
-                f"{first['completion'][:60]!r}; mend it in rewards.py, see {self.log or 'the completions'}"
+                f"{first['completion'][:60]!r}; mend it in rewards.py, see reward_failures.jsonl"
             )
         return total
 
     def report(self):
-        """Metrics since the last report: each reward's mean, and the share of scores that failed."""
+        """Metrics since the last report: each reward's mean, the share of scores that failed, and the model's own."""
         scores = sum(len(values) for values in self.scored.values())
         means = {name: sum(values) / len(values) for name, values in self.scored.items() if values}
         metrics = {f"reward_{name.removeprefix('reward_')}": mean for name, mean in means.items()}
         metrics["reward_failures"] = len(self.failures) / max(1, scores)
         self.failures, self.scored = [], {name: [] for name in self.weights}
-        return metrics
+        return metrics | (self.reward_model.report() if self.reward_model else {})
 
     def _by_rule(self, name, rows, texts):
         plain = [{key: value for key, value in row.items() if key not in ("prompt_ids", "prompt_text")} for row in rows]

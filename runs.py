@@ -1,4 +1,4 @@
-"""A run's folder: the script as it ran, its constants, metrics, samples, checkpoints and pictures.
+"""A run: its folder, what is written there, and what keeps it: checkpoints, signals, resuming.
 
 outputs/gspo-20260131-101500/
     gspo.py          a copy of the script
@@ -7,104 +7,397 @@ outputs/gspo-20260131-101500/
     metrics.png      the 4x2 figure, redrawn while training runs
     samples.jsonl    prompts, completions, rewards, advantages, answers
     samples.html     the same to look at, by page.py
-    checkpoints/step-N/, final/    Hugging Face layout
+    checkpoints/step-N/    the whole state after step N, see checkpoints.py
+    final/           the trained model, in Hugging Face layout
 """
 
+import fcntl
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
-from math import comb, sqrt
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+import checkpoints
+import configs
+import page
+import plotting
 from configs import InputError
+from loading import policy_weights, save_merged, save_policy
+from metrics import evaluate, idle_clip
+
+DRAW_EVERY = 30  # seconds
+MOST_BAD_UPDATES = 8  # optimizer steps without a finite gradient, in steps one after the other, that end a run
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM, at a place where the run can be left. No Exception, so that nothing handles it on the way."""
 
 
 class Run:
-    """The folder of one run; made when constructed. Raises InputError if it cannot be written.
+    """One run of a trainer, new or resumed; a context around its steps. Raises InputError if it cannot be written.
 
-    Metrics also go to TensorBoard, where constants["TENSORBOARD"] is set and the package is there, and to Weights &
-    Biases, where constants["WANDB_PROJECT"] names a project.
+        with Run(trainer, globals()) as run:
+            for step in run.steps():
+                run.end_of_step(step, trainer.train_step(step))
+
+    Metrics also go to TensorBoard, if TENSORBOARD is set and the package is there, and to Weights & Biases, if
+    WANDB_PROJECT names a project. script: the globals() of the trainer's script.
     """
 
-    def __init__(self, output_dir, script, constants):
-        self.writer = self.wandb = None
-        if constants["WANDB_PROJECT"]:
+    interruptible = False  # whether a signal may end the step at once: a trainer takes it back before its first update
+
+    def __init__(self, trainer, script):
+        self.trainer, self.script, self.algorithm = trainer, script, Path(script["__file__"]).stem
+        self.tensorboard = self.wandb = self.signal = self.saving = None
+        self.writer = ThreadPoolExecutor(1)  # of checkpoints
+        self.complaints, self.unwritten, self.bad_updates = set(), {}, 0
+        self.history = trainer.metrics_history
+        self.in_step = False  # between a step's first sample and its last update, where no checkpoint can be taken
+        configs.warn_about_constants(script)
+        if script["WANDB_PROJECT"]:
             self.wandb = _wandb()
-        self.algorithm = Path(script).stem
-        name = f"{self.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
+        resumed = Path(script["RESUME"]) if script["RESUME"] else None
+        self.folder = resumed or self._new_folder()
+        self._lock()
+        self.done, self.pending, self.texts_before = 0, {"step": 0}, []  # nothing is done, and row 0 is not written
+        path = checkpoints.newest(self.folder) if resumed else None
+        if path is not None:
+            self.done, state, metrics = checkpoints.load(path, trainer.policy, trainer.adapter)
+            self.pending, trainer.samples, self.texts_before = state["pending"], state["samples"], state["texts_before"]
+            trainer.load_state(state["trainer"])
+            self.history += metrics
+        if resumed:
+            self._cut_logs()
+            print(f"Resumed {self.folder} after step {self.done}" + ("" if path else ", for it has no checkpoint"))
+        else:
+            shutil.copy(script["__file__"], self.folder)
+            devices = {name: str(getattr(trainer, name.lower())) for name in configs.DEVICES}
+            constants = configs.constant_values(script) | devices
+            self._write("config.json", {"constants": constants, **describe_machine(Path(script["__file__"]).parent)})
+            print(f"Run folder: {self.folder}")
+        self.before = next((row for row in self.history if "eval_accuracy" in row), None)
+        self.after = next((row for row in reversed(self.history) if "eval_accuracy" in row), None)
+        trainer.rewards.log = trainer.eval_reward.log = self._log_failures
+        self._open_boards()
+
+    # -- The folder
+
+    def _new_folder(self):
+        parent, name = Path(self.script["OUTPUT_DIR"]), f"{self.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             for number in range(1, 1000):  # two runs may start in the same second
-                self.folder = Path(output_dir) / (name if number == 1 else f"{name}-{number}")
+                folder = parent / (name if number == 1 else f"{name}-{number}")
                 try:
-                    self.folder.mkdir(parents=True)
-                    break
+                    folder.mkdir(parents=True)
+                    return folder
                 except FileExistsError:
-                    continue
-            shutil.copy(script, self.folder)
+                    if not parent.is_dir():
+                        raise
         except OSError as error:
-            raise InputError(f"OUTPUT_DIR = {str(output_dir)!r}: cannot write there ({error}); give another") from None
-        self.write_json("config.json", {"constants": constants, **describe_machine(Path(script).parent)})
-        if constants["TENSORBOARD"] and find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
+            raise InputError(f"OUTPUT_DIR = {str(parent)!r}: cannot write there ({error}); give another") from None
 
-            self.writer = SummaryWriter(self.folder)
-        if self.wandb:
-            self.wandb.init(
-                project=constants["WANDB_PROJECT"], name=self.folder.name, dir=self.folder, config=constants
+    def _lock(self):
+        """Keeps a second process out of the folder; a crash releases it."""
+        try:
+            self.lock = open(self.folder / "lock", "w")  # noqa: SIM115, for as long as the run
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from None
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot write there ({error}); make it writable") from None
+
+    def _cut_logs(self):
+        """Has the logs hold what the run had written by the checkpoint, whatever came later or was half written."""
+        last = self.done - (self.pending is not None)
+        self._write("metrics.jsonl", *self.history)
+        for name in ("samples.jsonl", "reward_failures.jsonl", "skipped.jsonl"):
+            if (self.folder / name).is_file():
+                self._write(name, *(row for row in _rows(self.folder / name) if row["step"] <= last))
+
+    def _write(self, name, *rows):
+        """A file of the folder, whole or not at all: JSON lines, or one JSON document."""
+        indent = None if name.endswith("l") else 2
+        beside = self.folder / f"{name}.part"
+        beside.write_text("".join(json.dumps(row, indent=indent) + "\n" for row in rows), encoding="utf-8")
+        os.replace(beside, self.folder / name)
+
+    def _append(self, name, rows):
+        """Adds JSON lines to a file of the folder; where the disk refuses, with the next ones."""
+        rows = self.unwritten.pop(name, []) + rows
+        path, size = self.folder / name, None
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                size = file.tell()
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            self.complaints.discard(name)
+        except OSError as error:
+            self.unwritten[name] = rows
+            if size is not None:
+                os.truncate(path, size)  # no half line
+            self._complain(name, f"{path} could not be written: {error}; training goes on, its lines follow later")
+
+    def _complain(self, topic, message):
+        """Says what went wrong without ending the run; once, until it goes well again."""
+        if topic not in self.complaints:
+            tqdm.write(f"Warning: {message}")
+            self.complaints.add(topic)
+
+    def _log_failures(self, failures):
+        self._append("reward_failures.jsonl", [{"step": self.done + 1, **failure} for failure in failures])
+
+    # -- The steps
+
+    def __enter__(self):
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def _on_signal(self, number, _):
+        if self.signal is not None:  # the second one: at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = signal.Signals(number)
+        tqdm.write(f"{self.signal.name}: stopping, with a checkpoint; once more stops at once, without")
+        if Run.interruptible:
+            self._leave()
+
+    def _leave(self):
+        Run.interruptible = False
+        raise Stopped
+
+    def steps(self):
+        """The numbers of the steps that are left. First, the evaluation before step 1, or one that a stop cut off."""
+        script = self.script
+        self.bar = tqdm(total=script["MAX_STEPS"], desc=self.algorithm, unit="step", dynamic_ncols=True)
+        self.state, self.drawn = self.trainer.state(), time.perf_counter()
+        if self.pending is not None:
+            self.end_of_step(self.pending["step"], self.pending)
+        elif self.done >= script["MAX_STEPS"]:
+            if not (self.folder / "final").exists():
+                self._save_final()
+            self._draw()
+            print(f"The run is complete, its model is in {self.folder / 'final'}; --max-steps can make it longer")
+        self.bar.update(self.done - self.bar.n)
+        for step in range(self.done + 1, script["MAX_STEPS"] + 1):
+            self.in_step = Run.interruptible = True
+            yield step
+
+    def end_of_step(self, step, metrics):
+        """Evaluates, logs, saves and draws, as far as it is due. metrics: of the step, added to."""
+        script = self.script
+        self.in_step = Run.interruptible = False
+        self.done, self.pending, self.state = step, metrics, self.trainer.state()
+        last, every = step == script["MAX_STEPS"], script["EVAL_EVERY"]
+        evaluating = step == 0 or last or (every > 0 and step % every == 0)
+        if self.signal:
+            self._leave()
+        if evaluating:
+            Run.interruptible = True
+            self.after, texts = evaluate(self.trainer, script)
+            Run.interruptible = False
+            metrics |= self.after
+            if step == 0:
+                self.before, self.texts_before = self.after, texts[:3]
+        self._log(metrics)
+        if step > 0:
+            self._append("samples.jsonl", self.trainer.samples)
+        self.pending = None
+        self._check_updates(metrics)
+        if step > 0 and script["SAVE_EVERY"] > 0 and (last or step % script["SAVE_EVERY"] == 0):
+            self.checkpoint()
+        if last:
+            self._save_final()
+        if step > 0 and (evaluating or time.perf_counter() - self.drawn > DRAW_EVERY):
+            self._draw()
+        if step == min(10, script["MAX_STEPS"]) and (ratios := idle_clip(self.history)):
+            tqdm.write(
+                f"Warning: in {step} steps the ratio stayed in [{ratios[0]:.6f}, {ratios[1]:.6f}] and the clip never "
+                f"acted; lower CLIP_LOW = {script['CLIP_LOW']:g} and CLIP_HIGH = {script['CLIP_HIGH']:g}"
             )
+        if step > 0:
+            self._show(metrics)
+        if last:
+            self._print_summary(texts)
+        elif self.signal:
+            self._leave()
 
-    def write_json(self, name, value):
-        (self.folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-    def log_metrics(self, metrics):
-        """Adds a step's metrics to metrics.jsonl, and to the other places that were asked for."""
+    def _log(self, metrics):
+        self.history.append(metrics)
         self._append("metrics.jsonl", [metrics])
         numbers = {name: value for name, value in metrics.items() if name != "step" and value is not None}
-        if self.writer:
-            for name, value in numbers.items():
-                self.writer.add_scalar(name, value, metrics["step"])
-            self.writer.flush()
+        try:
+            if self.tensorboard:
+                for name, value in numbers.items():
+                    self.tensorboard.add_scalar(name, value, metrics["step"])
+                self.tensorboard.flush()
+        except OSError as error:
+            self._complain("tensorboard", f"TensorBoard's events could not be written: {error}; training goes on")
         if self.wandb:
             self.wandb.log(numbers, step=metrics["step"])
 
-    def log_samples(self, samples):
-        self._append("samples.jsonl", samples)
+    def _show(self, metrics):
+        self.bar.update(metrics["step"] - self.bar.n)
+        self.bar.set_postfix_str(
+            f"reward {metrics['reward']:.2f}, accuracy {self.after['eval_accuracy']:.2f}, "
+            f"KL {metrics['kl_divergence'] or 0:.3f}, clipped {metrics['clip_fraction'] or 0:.0%}, "
+            f"{metrics['tokens_per_second']:.0f} tokens/s"
+        )
 
-    def _append(self, name, rows):
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    def _check_updates(self, metrics):
+        """Ends the run where updates fail one after the other, and says what to look at."""
+        if not (skipped := metrics.get("skipped_updates", 0)):
+            self.bad_updates = 0
+            return
+        self.bad_updates += skipped
+        self._append("skipped.jsonl", self.trainer.skipped)
+        if self.bad_updates >= MOST_BAD_UPDATES:
+            raise InputError(
+                f"{self.bad_updates} updates in steps that follow one another had no finite loss and gradient; their "
+                f"completions are in {self.folder / 'skipped.jsonl'}; lower --learning-rate, or look for what breaks"
+            )
 
-    def save(self, name, *writers):
-        """Saves to folder/name, unless it is there; returns the path. writers: each writes into the folder it is given.
+    def _draw(self):
+        self.drawn = time.perf_counter()
+        try:
+            plotting.draw_run(self.folder)
+            page.draw_samples(self.folder)
+        except OSError as error:
+            self._complain("pictures", f"the pictures could not be drawn: {error}; training goes on")
 
-        Written beside, then renamed, so that it is never half there.
-        """
-        target = self.folder / name
-        beside = target.with_name(target.name + ".part")
-        if not target.exists():
-            beside.mkdir(parents=True, exist_ok=True)
-            for write in writers:
-                write(beside)
-            os.replace(beside, target)
+    # -- Checkpoints
+
+    def checkpoint(self):
+        """Saves the state after the last whole step, in a thread once it is copied; returns where it will be."""
+        self._finish_saving()
+        trainer, step, history = self.trainer, self.done, list(self.history)
+        state = {"trainer": self.state, "pending": self.pending, "samples": trainer.samples if self.pending else []}
+        state["texts_before"] = self.texts_before
+        weights = policy_weights(trainer.policy, trainer.adapter)
+        state, weights = checkpoints.copy_to_cpu(state), checkpoints.copy_to_cpu(weights)
+        best = history[-1].get("eval_accuracy") if history and history[-1]["step"] == step else None
+        target = self.folder / "checkpoints" / f"step-{step}"
+
+        def write():
+            checkpoints.write_folder(
+                target,
+                lambda folder: save_policy(folder, trainer.policy, trainer.adapter, weights),
+                trainer.tokenizer.save_pretrained,
+                lambda folder: checkpoints.write_state(folder, step, state, history, best),
+            )
+            checkpoints.prune(self.folder, self.script["KEEP_CHECKPOINTS"])
+
+        self.saving = self.writer.submit(write)
         return target
 
-    def print_summary(self, before, after, rows, texts_before, texts_after):
+    def _finish_saving(self):
+        """Waits for the checkpoint that is being written, and says so if it could not be. Returns whether it could."""
+        saving, self.saving = self.saving, None
+        try:
+            if saving:
+                saving.result()
+            return True
+        except checkpoints.WRITE_ERRORS as error:
+            print(f"Warning: a checkpoint could not be written: {error}; the one before it is intact, training goes on")
+            return False
+
+    def _save_final(self):
+        trainer, merge = self.trainer, self.script["MERGE_LORA"] and self.trainer.adapter is not None
+        self._finish_saving()
+        try:
+            checkpoints.write_folder(
+                self.folder / "final",
+                (lambda folder: save_merged(folder, trainer.policy, trainer.adapter))
+                if merge
+                else (lambda folder: save_policy(folder, trainer.policy, trainer.adapter)),
+                trainer.tokenizer.save_pretrained,
+            )
+        except checkpoints.WRITE_ERRORS as error:
+            raise InputError(f"{self.folder / 'final'} could not be written ({error}); free some space") from None
+
+    # -- The end
+
+    def __exit__(self, kind, error, _):
+        stopped, step = kind is Stopped, self.done + self.in_step
+        can_save = not self.in_step or Run.interruptible  # the weights are those between two steps
+        Run.interruptible = False
+        try:
+            if stopped or kind is InputError:
+                saved = can_save and self._finish_saving() and self.checkpoint() and self._finish_saving()
+                path = checkpoints.newest(self.folder)
+                if self.history[1:]:
+                    self._draw()
+                kept = f"the state after step {self.done} is in {path}" if saved else f"the newest checkpoint is {path}"
+                kept += f"; go on with python {self.algorithm}.py --resume {self.folder}"
+                if not stopped:
+                    raise InputError(f"step {step}: {error}; {kept}") from None
+                self.bar.close()
+                print(f"Stopped by {self.signal.name}: {kept}")
+                sys.exit(128 + self.signal)
+            self._finish_saving()
+        finally:
+            self._close()
+
+    def _close(self):
+        self.writer.shutdown()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if getattr(self, "bar", None):
+            self.bar.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        self.lock.close()
+
+    def _open_boards(self):
+        if self.script["TENSORBOARD"] and find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(self.folder, purge_step=self.done + 1 if self.history else None)
+        if self.wandb:
+            self.wandb.init(
+                project=self.script["WANDB_PROJECT"],
+                id=self.folder.name,
+                name=self.folder.name,
+                resume="allow",
+                dir=self.folder,
+                config=configs.constant_values(self.script),
+            )
+
+    def _print_summary(self, texts_after):
         """Held-out accuracy and the first completions before and after training, and where to find what was made."""
+        self.bar.close()
         for name, how in (("eval_accuracy", "sampled"), ("eval_accuracy_greedy", "greedy")):
-            print(f"Held-out accuracy, {how}: {before[name]:.3f} before, {after[name]:.3f} after")
-        for row, old, new in list(zip(rows, texts_before, texts_after, strict=True))[:3]:
+            print(f"Held-out accuracy, {how}: {self.before[name]:.3f} before, {self.after[name]:.3f} after")
+        for row, old, new in zip(self.trainer.eval_rows, self.texts_before, texts_after, strict=False):
             print(f"  {row['prompt']!r} (answer {row['answer']})\n    before {old!r}\n    after  {new!r}")
         print(f"Model:   {self.folder / 'final'}")
         print(f"Picture: {self.folder / 'metrics.png'}")
         print(f"Samples: {self.folder / 'samples.html'}")
+
+
+def _rows(path):
+    """The rows of a log up to the first that cannot be read."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            rows += [row] if row["step"] >= 0 else []
+        except (ValueError, TypeError, KeyError):
+            break
+    return rows
 
 
 def _wandb():
@@ -115,75 +408,6 @@ def _wandb():
             'WANDB_PROJECT is set, but wandb is not installed; pip install wandb, or set it to ""'
         ) from None
     return wandb
-
-
-def samples_of(step, tokenizer, rollouts, rewards, advantages, old_logps, new_logps):
-    """What a reader wants to see of the first completions of a step, as many as new_logps has rows; a dict each.
-
-    logp_change: of each token, by how much the step's updates have moved its log-prob, nats.
-    """
-    rewards, advantages, changes = (
-        rewards.tolist(),
-        advantages.tolist(),
-        (new_logps - old_logps[: len(new_logps)]).tolist(),
-    )
-    ids = [
-        sequence[start : start + length].tolist()
-        for sequence, start, length in zip(
-            rollouts.input_ids, rollouts.prompt_lengths, rollouts.completion_lengths, strict=True
-        )
-    ]
-    return [
-        {
-            "step": step,
-            "prompt": rollouts.prompts[i]["prompt"],
-            "completion": rollouts.texts[i],
-            "reward": rewards[i],
-            "advantage": advantages[i],
-            "answer": rollouts.prompts[i]["answer"],
-            "tokens": int(rollouts.completion_lengths[i]),
-            "truncated": bool(rollouts.truncated[i]),
-            "token_texts": [tokenizer.decode([token]) for token in ids[i]],
-            "logp_change": [round(change, 4) for change in changes[i][: len(ids[i])]],
-        }
-        for i in range(len(new_logps))
-    ]
-
-
-def accuracy_metrics(right, samples, k):
-    """Held-out accuracy from 0 and 1 per completion, `samples` for each prompt, contiguous: what eval_* metrics hold.
-
-    eval_accuracy: pass@1, the mean. eval_pass_at_k: the chance that one of k samples is right, by the unbiased
-    estimator 1 − C(n−c, k) / C(n, k) with c right of n (Chen et al. 2021, arXiv 2107.03374, eq. 1). Both with Wilson's
-    95 % interval for as many trials as there are prompts, on the safe side where a prompt has several samples.
-    """
-    prompts = [right[i : i + samples] for i in range(0, len(right), samples)]
-    k = min(k, samples)
-    missed = [comb(samples - sum(value > 0 for value in one), k) / comb(samples, k) for one in prompts]
-    metrics = {}
-    for name, mean in (
-        ("eval_accuracy", sum(right) / len(right)),
-        ("eval_pass_at_k", 1 - sum(missed) / len(missed)),
-    ):
-        low, high = wilson_interval(mean, len(prompts))
-        metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-    return metrics
-
-
-def wilson_interval(share, trials, z=1.96):
-    """Wilson's score interval of a share: two numbers in [0, 1]."""
-    centre = share + z * z / (2 * trials)
-    width = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)
-
-
-def speed_metrics(times, tokens, device):
-    """Seconds of a step's four phases from the five times around them, tokens per second, and memory on the device."""
-    names = ("seconds_rollout", "seconds_reward", "seconds_logps", "seconds_update")
-    seconds = {name: times[i + 1] - times[i] for i, name in enumerate(names)}
-    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    return seconds | {"tokens_per_second": tokens / (times[-1] - times[0]), "peak_memory_gb": memory}
 
 
 def describe_machine(repository):

@@ -15,9 +15,7 @@ def selftest(trainer, script):
     tolerance = TOLERANCES[trainer.policy_device.type == "cuda" or script["POLICY_DTYPE"] == "bfloat16"]
     size = min(4, script["BATCH_SIZE"], len(trainer.train_rows))
     rows = trainer.train_rows[:size]
-    rollouts = script["sample_completions"](
-        trainer.policy, trainer.tokenizer, trainer.eos_ids, rows, script["GROUP_SIZE"], ("selftest",)
-    )
+    rollouts = trainer.sample(rows, script["GROUP_SIZE"], ("selftest",))
     every = torch.arange(len(rollouts.texts))
     mask = rollouts.completion_mask
     old_logps = trainer.compute_log_probs(trainer.policy, rollouts).cpu()
@@ -43,7 +41,7 @@ def selftest(trainer, script):
     )
 
     rewards = trainer.compute_rewards(rollouts)
-    report = trainer.reward_metrics()
+    report = trainer.rewards.report()
     text = f"first {rewards[0]:.3g}, mean {rewards.mean():.3g}; " + ", ".join(f"{k} {v:.3g}" for k, v in report.items())
     lines.append(("rewards", text, report["reward_failures"] == 0))
 

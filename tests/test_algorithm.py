@@ -1,6 +1,7 @@
 """What every script's algorithm must do, at each setting of its loss: against naive loops and closed forms."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -175,3 +176,27 @@ def test_kl_is_never_negative_and_unbiased_with_the_gradient_of_the_forward_kl(s
 def test_kl_controller(script, coef, kl, expected):
     script.TARGET_KL = 0.01
     assert script.next_kl_coef(coef, kl) == pytest.approx(expected)
+
+
+# ---- Rewards per token
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("kind", ["relative", "normalized"])
+def test_token_advantages_are_the_groups_returns_to_go_less_their_mean(script, kind):
+    script.ADVANTAGE_TYPE = kind
+    generator = torch.Generator().manual_seed(3)
+    rewards = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([5, 2, 1, 3, 4, 5])[:, None]
+    rewards[3:] = 0.0  # a group without signal
+    found = script.compute_token_advantages(rewards.masked_fill(~mask, float("nan")), mask, 3)
+    returns = [[sum(row[t:n].tolist()) for t in range(n)] for row, n in zip(rewards, mask.sum(1).tolist(), strict=True)]
+    group = [value for row in returns[:3] for value in row]
+    scale = statistics.stdev(group) + 1e-6 if kind == "normalized" else 1.0
+    for i, row in enumerate(returns[:3]):
+        assert found[i, : len(row)].tolist() == pytest.approx([(v - statistics.mean(group)) / scale for v in row])
+    assert (found[~mask] == 0).all() and (found[3:] == 0).all()
+    one = torch.zeros(6, 5, dtype=torch.float64)
+    one[:, 0] = torch.tensor([1.0, 2.0, 4.0, 1.0, 1.0, 3.0])  # one token each: the advantages of whole completions
+    first = script.compute_token_advantages(one, torch.arange(5) < torch.ones(6, 1), 3)[:, 0]
+    torch.testing.assert_close(first, script.compute_relative_advantages(one[:, 0], 3))

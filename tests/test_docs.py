@@ -10,6 +10,7 @@ import pytest
 from conftest import SCRIPTS, shrink, trainer_of
 
 import configs
+from metrics import evaluate
 
 ROOT = Path(configs.HERE)
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -80,6 +81,7 @@ RUN_FOLDER = {
     "samples.jsonl",
     "samples.html",
     "reward_failures.jsonl",
+    "skipped.jsonl",
     "config.json",
     "metrics.png",
 }
@@ -106,7 +108,7 @@ def test_quoted_defaults_are_those_of_the_script(name):
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_logged_metric_is_explained_and_no_other(name, tmp_path):
     trainer = trainer_of(shrink(BY_NAME[name], tmp_path))
-    logged = set(trainer.train_step(1)) - {"step"} | set(trainer.evaluate()[0])
+    logged = set(trainer.train_step(1)) - {"step"} | set(evaluate(trainer, vars(BY_NAME[name]))[0])
     explained = {
         metric
         for row in rows_of(ROOT / "docs" / f"{name}.md", "Metrics")
@@ -118,9 +120,10 @@ def test_every_logged_metric_is_explained_and_no_other(name, tmp_path):
 
 
 SHARED_FLAGS = (
-    "max-steps seed output-dir preset group-size batch-size micro-batch-tokens policy-model reward-model prompts "
-    "learning-rate max-completion-tokens policy-device ref-device reward-device prompt-column answer-column rewards "
-    "save-every eval-every kl-coef target-kl entropy-coef clip-low clip-high advantage-type temperature"
+    "max-steps seed output-dir resume preset group-size batch-size micro-batch-tokens policy-model reward-model "
+    "prompts learning-rate max-completion-tokens policy-device ref-device reward-device lora-rank prompt-column "
+    "answer-column rewards save-every eval-every kl-coef target-kl entropy-coef clip-low clip-high advantage-type "
+    "temperature"
 ).split()
 
 

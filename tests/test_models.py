@@ -16,6 +16,7 @@ import grpo
 import gspo
 import loading
 
+ARITHMETIC = configs.HERE / "data/models/arithmetic-policy"
 GSM8K = configs.HERE.parent / "shared" / "gsm8k" / "train.jsonl"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -274,15 +275,92 @@ def test_a_reward_model_sees_its_own_template_and_a_cut_is_counted(tokenizer, mo
         **SIZES | {"max_position_embeddings": 48}, vocab_size=len(tokenizer), num_labels=1
     )
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    reward = loading.RewardModel(model, tokenizer, "made here")
+    reward = loading.RewardModel(model, tokenizer, "made here", lambda lengths: gspo.micro_batches(lengths, 30))
     rows = [{"prompt": "2+3", "messages": [{"role": "user", "content": "2+3"}]}] * 3
     texts = ["5", "6 and more words to make it long" * 8, "5"]
-    scores = reward(rows, texts, lambda lengths: gspo.micro_batches(lengths, 30))
+    scores = reward(rows, texts, None)
     alone = tokenizer("<|im_start|>user\n2+3<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n", return_tensors="pt")
     with torch.no_grad():
         assert scores[0] == scores[2] == pytest.approx(model(alone.input_ids).logits.item(), abs=1e-5)
     assert reward.report() == {"reward_cut": 1 / 3} and reward.report() == {"reward_cut": 0.0}
     assert scores[1] != scores[0]
+
+
+# ---- Rewards per token
+
+
+@pytest.fixture
+def token_scorer(tokenizer, tmp_path):
+    torch.manual_seed(1)
+    config = transformers.Qwen3Config(**SIZES, vocab_size=len(tokenizer), num_labels=1)
+    transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(tmp_path / "scorer")
+    tokenizer.save_pretrained(tmp_path / "scorer")
+    per_token = {"USE_SEQUENCE_LEVEL_REWARD": False, "REWARD_MODEL": str(tmp_path / "scorer"), "KL_COEF": 0.0}
+    return per_token | {"ADAPTIVE_KL": False}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_token_classifier_rewards_each_token_of_what_was_sampled(model_folder, gsm8k_files, token_scorer, script):
+    script.OVERLONG_FILTER, script.OVERLONG_CACHE = False, 0  # of dapo.py
+    script.RATIO_LEVEL = "sequence_token"  # of gspo.py
+    constants = {**token_scorer, "REWARDS": "reward_model 0.5, length 2", "SAVE_EVERY": 0}
+    trainer = set_up(script, model_folder("qwen3"), gsm8k_files, **constants)
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    rewards = trainer.compute_rewards(rollouts)
+    for i, text in enumerate(rollouts.texts):  # one sequence at a time, no padding
+        start, end = int(rollouts.prompt_lengths[i]), int(rollouts.lengths[i])
+        with torch.no_grad():
+            expected = 0.5 * trainer.reward_model.model(rollouts.input_ids[i : i + 1, :end]).logits[0, start:, 0]
+        expected[-1] += 2 * -len(text) / 1000
+        torch.testing.assert_close(rewards[i, : end - start], expected, rtol=1e-4, atol=1e-5)
+        assert (rewards[i, end - start :] == 0).all()
+    before, history = weights(trainer.policy), trainer.train()
+    assert all(not torch.equal(value, before[name]) for name, value in trainer.policy.named_parameters())
+    assert history[1]["reward_model"] and history[1]["reward_cut"] == 0 and history[1]["dead_groups"] < 1
+    samples = [json.loads(line) for line in (trainer.run.folder / "samples.jsonl").read_text().splitlines()]
+    assert len({round(row["reward"], 6) for row in samples}) > 1
+
+
+def test_the_loss_moves_each_token_by_its_own_advantage(model_folder, gsm8k_files, token_scorer):
+    """At ratio 1 the gradient of GSPO-token is that of −mean_i mean_t A_it log π_it."""
+    constants = {**token_scorer, "REWARDS": "reward_model", "ENTROPY_COEF": 0.0, "MAX_GRAD_NORM": 1e9}
+    trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, RATIO_LEVEL="sequence_token", **constants)
+    trainer.optimizer.step = lambda: None
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    mask = rollouts.completion_mask
+    advantages = gspo.compute_token_advantages(trainer.compute_rewards(rollouts), mask, 4)
+    every, old_logps = torch.arange(len(mask)), trainer.compute_old_logps(rollouts)
+    trainer.update(rollouts, every, old_logps, None, advantages)
+    found = [parameter.grad.clone() for parameter in trainer.trained]
+    logps, _ = gspo.completion_logps(trainer.policy, rollouts, every)
+    naive = -sum((advantages[i] * logps[i])[mask[i]].mean() for i in every) / len(mask)
+    for one, other in zip(found, torch.autograd.grad(naive, trainer.trained), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_only_the_tokens_that_end_a_step_are_scored(model_folder, gsm8k_files, token_scorer, tokenizer):
+    constants = {**token_scorer, "REWARDS": "reward_model", "STEP_SEPARATOR": "\n\n", "RATIO_LEVEL": "token"}
+    trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, **constants)
+    completions = [tokenizer(text)["input_ids"] for text in ("2+2\n\n4+4\n\n#### 8", "none", "a\n\n")]
+    lengths, rows = torch.tensor([len(ids) for ids in completions]), trainer.train_rows[:3]
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in completions], batch_first=True)
+    rollouts = gspo.assemble(tokenizer, rows, 1, padded, lengths, torch.zeros(padded.shape), lengths > 0)
+    scored = trainer.compute_rewards(rollouts) != 0
+    for i, ids in enumerate(completions):
+        counts = [tokenizer.decode(ids[: t + 1]).count("\n\n") for t in range(len(ids))]
+        ends = [count > (counts[t - 1] if t else 0) or t == len(ids) - 1 for t, count in enumerate(counts)]
+        assert scored[i, : len(ids)].tolist() == ends
+    assert scored.sum(1).tolist()[:2] == [3, 1]
+
+
+def test_rewards_per_token_that_cannot_be(capsys, tmp_path, model_folder, token_scorer):
+    flags = ("--policy-model", model_folder("qwen3"), "--no-use-sequence-level-reward")
+    assert "--ratio-level sequence_token" in refused(capsys, tmp_path, *flags)
+    gspo.RATIO_LEVEL = "sequence_token"
+    assert "--rewards reward_model" in refused(capsys, tmp_path, *flags, "--rewards", "format")
+    gspo.REWARDS = "reward_model"
+    err = refused(capsys, tmp_path, "--reward-model", token_scorer["REWARD_MODEL"], "--policy-model", ARITHMETIC)
+    assert "does not have the policy's vocabulary" in err
 
 
 # ---- What cannot be used: one line, exit code 2, nothing written

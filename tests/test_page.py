@@ -14,8 +14,8 @@ from conftest import trainer_of
 
 import configs
 import gspo
+import metrics
 import page
-import runs
 
 NASTY = "<script>document.title = 'owned'</script>\"'&<img src=x onerror=\"document.title='owned'\">"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -142,20 +142,20 @@ def test_weights_and_biases_only_if_asked_for(small, monkeypatch, capsys):
 def test_pass_at_k_is_the_mean_over_all_choices_of_k(samples, k):
     generator = torch.Generator().manual_seed(samples)
     right = (torch.rand(6, samples, generator=generator) < 0.4).double()
-    metrics = runs.accuracy_metrics(right.flatten().tolist(), samples, k)
+    found = metrics.accuracy_metrics(right.flatten().tolist(), samples, k)
     chosen = [list(choice) for choice in itertools.combinations(range(samples), min(k, samples))]
     naive = sum(max(one[i] for i in choice) for one in right.tolist() for choice in chosen) / 6 / len(chosen)
-    assert metrics["eval_pass_at_k"] == pytest.approx(naive)
-    assert metrics["eval_accuracy"] == pytest.approx(right.mean().item())
+    assert found["eval_pass_at_k"] == pytest.approx(naive)
+    assert found["eval_accuracy"] == pytest.approx(right.mean().item())
     for name in ("eval_accuracy", "eval_pass_at_k"):
-        assert 0 <= metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"] <= 1
+        assert 0 <= found[f"{name}_low"] <= found[name] <= found[f"{name}_high"] <= 1
 
 
 def test_wilsons_interval_is_that_of_the_closed_form():
-    low, high = runs.wilson_interval(0.3, 50)
+    low, high = metrics.wilson_interval(0.3, 50)
     for bound in (low, high):  # where the score test just does not reject
         assert abs(0.3 - bound) / (bound * (1 - bound) / 50) ** 0.5 == pytest.approx(1.96)
-    assert runs.wilson_interval(1.0, 10)[1] == 1.0 and runs.wilson_interval(1.0, 10)[0] < 0.8
+    assert metrics.wilson_interval(1.0, 10)[1] == 1.0 and metrics.wilson_interval(1.0, 10)[0] < 0.8
 
 
 # ---- Self-test

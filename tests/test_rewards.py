@@ -65,10 +65,10 @@ def row(worth=0.5):
 def test_whatever_a_rule_does_the_others_are_scored_and_the_failures_are_named(rules, tmp_path):
     texts = [text for failing in FAILING for text in (failing, "fine")] + ["print", "bent"] + ["fine"] * 30
     scorer = rewards.Rewards({"rule": 2.0}, file=rules)
-    scorer.log = tmp_path / "reward_failures.jsonl"
+    logged = []
+    scorer.log = logged.extend
     expected = [0.0 if text in FAILING else {"print": 2.0, "bent": 0.5}.get(text, 1.0) for text in texts]
     assert scorer([row()] * len(texts), texts) == expected
-    logged = [json.loads(line) for line in scorer.log.read_text().splitlines()]
     assert {failure["completion"] for failure in logged} == set(FAILING)
     for failure in logged:
         assert failure["reward"] == "rule" and failure["problem"].startswith(FAILING[failure["completion"]])
@@ -99,7 +99,13 @@ def test_rules_that_do_not_load_are_one_line(tmp_path):
 
 
 def test_a_reward_model_that_returns_nan_is_a_failure_like_any_other():
-    scorer = rewards.Rewards({"reward_model": 1.0}, lambda rows, texts: [0.5, float("nan"), -0.5])
+    class Model:
+        report = dict
+
+        def __call__(self, *_):
+            return [0.5, float("nan"), -0.5]
+
+    scorer = rewards.Rewards({"reward_model": 1.0}, Model())
     assert scorer([row()] * 3, ["a", "b", "c"]) == [0.5, 0.0, -0.5]
     assert scorer.failures[0]["problem"].startswith("returned nan")
     assert scorer.report()["reward_model"] == 0.0
@@ -123,6 +129,8 @@ def test_a_run_whose_rewards_fail_stops_with_a_checkpoint_and_its_failures(small
     assert "step 2: 16 of 16 completions got no reward: format raised KeyError" in err and "checkpoints/step-1" in err
     (folder,) = (configs.HERE / small.OUTPUT_DIR).iterdir()
     assert (folder / "checkpoints/step-1/model.safetensors").is_file()
+    failures = [json.loads(line) for line in (folder / "reward_failures.jsonl").read_text().splitlines()]
+    assert len(failures) == 16 and {failure["step"] for failure in failures} == {2}
     assert len((folder / "reward_failures.jsonl").read_text().splitlines()) == 16
 
 
@@ -137,7 +145,7 @@ def test_an_evaluation_that_fails_leaves_the_model_of_its_step(small, monkeypatc
     with pytest.raises(SystemExit):
         gspo.main([])
     err = capsys.readouterr().err.splitlines()[-1]
-    assert "step 2: 12 of 12 completions got no reward" in err and "the model after step 2 is in" in err
+    assert "step 2: 12 of 12 completions got no reward" in err and "the state after step 2 is in" in err
     (folder,) = (configs.HERE / small.OUTPUT_DIR).iterdir()
     assert (folder / "checkpoints/step-2/model.safetensors").is_file()
 

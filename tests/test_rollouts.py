@@ -40,7 +40,9 @@ PROMPTS = [{"prompt_ids": ids} for ids in ([5, 6, 7], [8], [9, 10, 11, 12, 13, 1
 
 def sample(model, rows=PROMPTS, group_size=4, eos_ids=(EOS,), greedy=False, tokens=24):
     gspo.MAX_COMPLETION_TOKENS = tokens
-    return gspo.sample_completions(model, Tokenizer(), list(eos_ids), rows, group_size, ("test",), greedy)
+    shape, generator = (len(rows) * group_size, tokens), gspo.generator_of("test")
+    uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator)
+    return gspo.sample_completions(model, Tokenizer(), list(eos_ids), rows, group_size, uniform)
 
 
 @torch.no_grad()

@@ -1,0 +1,158 @@
+"""Checkpoints: the whole state of a run between two steps, in a folder that is either complete or recognised as not.
+
+checkpoints/step-20/
+    config.json, model.safetensors, ...    the policy (or its adapter) and tokenizer, in Hugging Face layout
+    state.pt           optimizer, KL coefficient and what else the trainer says; tensors and plain values alone
+    metrics.jsonl      all rows up to this step
+    checkpoint.json    written last: step, and size and SHA-256 of every other file
+
+Written beside its place and renamed. Nothing random is in it: randomness is derived from SEED, step and row.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+
+from configs import InputError
+from loading import load_policy
+
+MARKER = "checkpoint.json"
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk makes of torch.save and safetensors
+
+
+def write_folder(target, *writers):
+    """Fills a folder beside its place by the writers, each called with its path, then puts it there, whole."""
+    beside, old = target.with_name(target.name + ".part"), target.with_name(target.name + ".old")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for write in writers:
+            write(beside)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(beside, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def write_state(folder, step, state, metrics, best=None):
+    """The last writer of a checkpoint: the trainer's state, the metrics so far, and the marker over all files there."""
+    torch.save(state, folder / "state.pt")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics), encoding="utf-8")
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _sync(path)
+            files[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
+    marker = folder / MARKER
+    marker.write_text(json.dumps({"step": step, "best": best, "files": files}, indent=1) + "\n", encoding="utf-8")
+    _sync(marker)
+
+
+def problem_of(path):
+    """What is wrong with a checkpoint's folder, in words, or None."""
+    try:
+        files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
+        for name, (size, digest) in files.items():
+            if (path / name).stat().st_size != size or _sha256(path / name) != digest:
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MARKER} cannot be read"
+    return None
+
+
+def complete(folder):
+    """A run's checkpoints that have their marker, oldest first."""
+    return sorted(folder.glob("checkpoints/step-*/" + MARKER), key=lambda marker: _step_of(marker.parent))
+
+
+def newest(folder):
+    """The path of the newest checkpoint of a run whose files are all as they were written; None if there is none.
+
+    Damaged ones are named in a printed line each.
+    """
+    paths = [path for path in folder.glob("checkpoints/step-*") if path.is_dir() and _step_of(path) >= 0]
+    for path in sorted(paths, key=_step_of, reverse=True):
+        if (problem := problem_of(path)) is None:
+            return path
+        print(f"{path} is damaged, {problem}; the one before it is used")
+    return None
+
+
+def _step_of(path):
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
+def prune(folder, keep):
+    """Removes all complete checkpoints but the last `keep` and the best, by what is on the disk."""
+    paths = [marker.parent for marker in complete(folder)]
+    accuracies = {path: json.loads((path / MARKER).read_text(encoding="utf-8"))["best"] for path in paths}
+    scored = [path for path in paths if accuracies[path] is not None]
+    best = max(scored, key=accuracies.get, default=None)
+    for path in paths[: max(0, len(paths) - keep)]:
+        if path != best:
+            (path / MARKER).unlink()  # first, so that a half-removed one is not taken for whole
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load(path, policy, adapter):
+    """Puts a checkpoint's weights into the policy, in place, and returns (step, state, metrics). Nothing is unpickled.
+
+    Raises InputError where a tensor is missing, unexpected or of another shape.
+    """
+    load_policy(path, policy, adapter)
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        step = json.loads((path / MARKER).read_text(encoding="utf-8"))["step"]
+        metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (ValueError, KeyError, UnpicklingError, *WRITE_ERRORS) as error:
+        raise InputError(f"{path} cannot be continued from: {error}; remove it to use the one before it") from None
+    return step, state, metrics
+
+
+def copy_to_cpu(value):
+    """A copy of a state, tensors on the CPU, tensors that share memory sharing it still: what a thread may write."""
+    seen = {}
+
+    def copied(value):
+        if isinstance(value, torch.Tensor):
+            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            if value.numel() == 0 or key not in seen:
+                seen[key] = value.detach().to("cpu", copy=True)
+            return seen[key]
+        if isinstance(value, dict):
+            return {name: copied(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(copied(item) for item in value)
+        return value
+
+    return copied(value)
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path):
+    """Has the disk hold a file, or a folder's list of files, before anything relies on it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

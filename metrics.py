@@ -1,0 +1,120 @@
+"""What is measured: of a training step, of its samples, and on held-out prompts. Nothing here is trained on."""
+
+from math import comb, isfinite, sqrt
+
+import torch
+
+
+def step_metrics(rollouts, rewards, advantages, old_logps, updates, group_size):
+    """The metrics of a step; those of its updates by their mean, or by the least and greatest of a *_min and *_max.
+
+    rewards, advantages: (B,), or (B, T) where tokens have their own. updates: what each optimizer step returned.
+    Without any, where no completion was in the loss, there is no ratio and no gradient: None.
+    """
+    mask = rollouts.completion_mask.to(old_logps.device)
+    totals = rewards.view(len(rewards), -1).sum(1)  # (B,)
+    per_token = advantages.view(len(advantages), -1).expand(mask.shape).masked_fill(~mask, 0.0)  # (B, T)
+    merged = {"policy_loss": 0.0, "entropy_loss": 0.0, "kl_loss": 0.0}
+    merged |= dict.fromkeys(("kl_divergence", "clip_fraction", "ratio_mean", "ratio_min", "ratio_max", "grad_norm"))
+    for name in updates[0] if updates else ():
+        values = torch.stack([update[name] for update in updates]).double()
+        reduce = values.min if name.endswith("_min") else values.max if name.endswith("_max") else values.mean
+        merged[name] = reduce().item()
+    sequences = advantages.abs() if advantages.dim() == 1 else per_token.abs().sum(1) / mask.sum(1)
+    return merged | {
+        "updates": len(updates),
+        "skipped_updates": sum(not isfinite(update["grad_norm"]) for update in updates),
+        "reward": totals.mean().item(),
+        "reward_std": totals.std().item(),
+        "relative_advantage": sequences.mean().item(),
+        "dead_groups": (per_token == 0).all(1).view(-1, group_size).all(1).double().mean().item(),
+        "entropy": -old_logps[mask].mean().item(),
+        "sampler_gap": (rollouts.sampled_logps.to(mask.device) - old_logps)[mask].abs().mean().item(),
+    }
+
+
+def idle_clip(history):
+    """The least and greatest ratio of some steps in which the clip never acted though there was a ratio; else None."""
+    steps = [metrics for metrics in history if metrics.get("clip_fraction") is not None]
+    if not steps or any(metrics["clip_fraction"] or metrics["updates"] == 1 for metrics in steps):
+        return None
+    return min(metrics["ratio_min"] for metrics in steps), max(metrics["ratio_max"] for metrics in steps)
+
+
+def speed_metrics(times, tokens, device):
+    """Seconds of a step's four phases from the five times around them, tokens per second, and memory on the device."""
+    names = ("seconds_rollout", "seconds_reward", "seconds_logps", "seconds_update")
+    seconds = {name: times[i + 1] - times[i] for i, name in enumerate(names)}
+    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    return seconds | {"tokens_per_second": tokens / (times[-1] - times[0]), "peak_memory_gb": memory}
+
+
+def samples_of(step, tokenizer, rollouts, rewards, advantages, old_logps, new_logps):
+    """What a reader wants to see of the first completions of a step, as many as new_logps has rows; a dict each.
+
+    logp_change: of each token, by how much the step's updates have moved its log-prob, nats.
+    """
+    samples = []
+    for i, change in enumerate((new_logps - old_logps[: len(new_logps)]).tolist()):
+        start, length = int(rollouts.prompt_lengths[i]), int(rollouts.completion_lengths[i])
+        tokens = rollouts.input_ids[i, start : start + length].tolist()
+        samples.append(
+            {
+                "step": step,
+                "prompt": rollouts.prompts[i]["prompt"],
+                "completion": rollouts.texts[i],
+                "reward": rewards[i].sum().item(),
+                "advantage": (advantages[i] if advantages.dim() == 1 else advantages[i, :length].mean()).item(),
+                "answer": rollouts.prompts[i]["answer"],
+                "tokens": length,
+                "truncated": bool(rollouts.truncated[i]),
+                "token_texts": [tokenizer.decode([token]) for token in tokens],
+                "logp_change": [round(value, 4) for value in change[:length]],
+            }
+        )
+    return samples
+
+
+# ---- On held-out prompts
+
+
+def evaluate(trainer, script):
+    """Held-out accuracy by EVAL_REWARD: metrics, and the greedy completions. script: the globals() of the trainer's.
+
+    From EVAL_SAMPLES sampled completions per prompt, and from a greedy one. The random numbers are the same each time,
+    so that two evaluations differ by the policy alone.
+    """
+    rows, samples = trainer.eval_rows, script["EVAL_SAMPLES"]
+    sampled = trainer.sample(rows, samples, ("evaluation",))
+    greedy = trainer.sample(rows, 1, ("evaluation",), greedy=True)
+    metrics = accuracy_metrics(trainer.eval_reward(sampled.prompts, sampled.texts), samples, script["PASS_AT"])
+    right = trainer.eval_reward(greedy.prompts, greedy.texts)
+    return metrics | {"eval_accuracy_greedy": sum(right) / len(right)}, greedy.texts
+
+
+def accuracy_metrics(right, samples, k):
+    """Held-out accuracy from 0 and 1 per completion, `samples` for each prompt, contiguous: what eval_* metrics hold.
+
+    eval_accuracy: pass@1, the mean. eval_pass_at_k: the chance that one of k samples is right, by the unbiased
+    estimator 1 − C(n−c, k) / C(n, k) with c right of n (Chen et al. 2021, arXiv 2107.03374, eq. 1). Both with Wilson's
+    95 % interval for as many trials as there are prompts, on the safe side where a prompt has several samples.
+    """
+    prompts = [right[i : i + samples] for i in range(0, len(right), samples)]
+    k = min(k, samples)
+    missed = [comb(samples - sum(value > 0 for value in one), k) / comb(samples, k) for one in prompts]
+    metrics = {}
+    for name, mean in (
+        ("eval_accuracy", sum(right) / len(right)),
+        ("eval_pass_at_k", 1 - sum(missed) / len(missed)),
+    ):
+        low, high = wilson_interval(mean, len(prompts))
+        metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return metrics
+
+
+def wilson_interval(share, trials, z=1.96):
+    """Wilson's score interval of a share: two numbers in [0, 1]."""
+    centre = share + z * z / (2 * trials)
+    width = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)
