@@ -40,10 +40,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-import transformers
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 import configs
+from attention import GrowingCache, Packing
 from configs import InputError
 from loading import load_all
 from metrics import samples_of, speed_metrics, step_metrics
@@ -308,15 +309,19 @@ def autocast(device):
 
 
 def micro_batches(lengths, token_budget):
-    """Splits rows into batches of at most token_budget tokens, padding included; longest first, so padding is small.
+    """Splits rows into batches of at most token_budget tokens; longest first, for rows of like length go well together.
 
     lengths (B,) on the CPU -> row indices per batch. A row longer than the budget goes alone.
     """
-    order, first = lengths.argsort(descending=True, stable=True), 0
-    while first < len(order):
-        size = max(1, token_budget // int(lengths[order[first]]))
-        yield order[first : first + size]
-        first += size
+    batch, room = [], token_budget
+    for row in lengths.argsort(descending=True, stable=True):
+        if batch and lengths[row] > room:
+            yield torch.stack(batch)
+            batch, room = [], token_budget
+        batch.append(row)
+        room -= int(lengths[row])
+    if batch:
+        yield torch.stack(batch)
 
 
 def token_logps(hidden, targets, head, with_entropy):
@@ -329,28 +334,27 @@ def token_logps(hidden, targets, head, with_entropy):
 def completion_logps(model, rollouts, rows, with_entropy=False):
     """log π of the sampled tokens of some rows: logps (rows, T) in nats on the model's device, 0 where masked.
 
-    Second: the entropy of the full distribution at each of them, (rows, T), or None. The head is applied to completion
-    positions alone, LOGITS_AT_ONCE at a time, and again in the backward pass. Rows are padded on the right, where a
-    causal model cannot see it, so that no mask is needed.
+    Second: the entropy of the full distribution at each of them, (rows, T), or None. The rows go through the model
+    packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time, and again in
+    the backward pass.
     """
     device, head = model.device, model.get_output_embeddings()
-    prompt_lengths, completion_mask = rollouts.prompt_lengths[rows], rollouts.completion_mask[rows]
+    completion_mask, packing = rollouts.completion_mask[rows], Packing(model, rollouts.lengths[rows])
+    inputs = packing.inputs(rollouts.input_ids[rows])
     row, t = completion_mask.nonzero(as_tuple=True)  # (tokens,) each
-    position = prompt_lengths[row] + t
-    input_ids = rollouts.input_ids[rows, : int(position.max()) + 1]  # (rows, P + T)
-    targets = input_ids[row, position].to(device)
-    row, t, position, input_ids = (x.to(device) for x in (row, t, position, input_ids))
+    position = (packing.first[row] + rollouts.prompt_lengths[rows][row] + t).to(device)
+    targets = inputs["input_ids"][0, position]
     with autocast(device):
-        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (rows, P + T, H)
-        hidden = hidden[row, position - 1]  # (tokens, H)
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # (N, H)
+        hidden = hidden[position - 1]  # (tokens, H)
         size, parts = max(1, LOGITS_AT_ONCE // head.weight.shape[0]), []
         for chunk in zip(hidden.split(size), targets.split(size), strict=True):
             if len(targets) <= size:
                 parts.append(token_logps(*chunk, head, with_entropy))
             else:
                 parts.append(checkpoint(token_logps, *chunk, head, with_entropy, use_reentrant=False))
-    blank = torch.zeros(completion_mask.shape, device=device)
-    logps, entropy = (blank.index_put((row, t), torch.cat(values)) for values in zip(*parts, strict=True))
+    blank, place = torch.zeros(completion_mask.shape, device=device), (row.to(device), t.to(device))
+    logps, entropy = (blank.index_put(place, torch.cat(values)) for values in zip(*parts, strict=True))
     return logps, entropy if with_entropy else None
 
 
@@ -399,19 +403,30 @@ def sample_tokens(logits, uniform):
 
     Returns tokens and their log-probs under the full distribution, both (rows,).
     """
-    log_probs = (logits.float() / TEMPERATURE).log_softmax(-1)  # (rows, V)
+    probs = full = (logits.float() / TEMPERATURE).softmax(-1)  # (rows, V)
     if uniform is None:
-        tokens = log_probs.argmax(-1)
+        tokens = probs.argmax(-1)
     else:
-        probs = log_probs.exp()
         if TOP_P < 1:
             ranked, order = probs.sort(-1, descending=True)
             outside = ranked.cumsum(-1) - ranked >= TOP_P  # the most likely token always stays
             probs = probs.scatter(-1, order, ranked.masked_fill(outside, 0.0))
-        cumulative = probs.double().cumsum(-1)
-        point = uniform[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-    return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
+        size = min(256, probs.shape[1])  # first a block of tokens, then the token in it: a sum over V costs the most
+        blocks = pad(probs, (0, -probs.shape[1] % size)).unflatten(1, (-1, size))  # (rows, V / size, size)
+        block, rest = invert(blocks.sum(-1), uniform)
+        token, _ = invert(blocks[torch.arange(len(blocks), device=block.device), block], rest)
+        tokens = size * block + token
+    return tokens, full.gather(1, tokens[:, None]).squeeze(1).log()
+
+
+def invert(weights, uniform):
+    """Where a cumulative sum over weights (rows, n) passes uniform, in [0, 1), of its total, and how far into it."""
+    cumulative = weights.double().cumsum(1)
+    point = uniform[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, point, right=True).clamp(max=weights.shape[1] - 1)  # (rows, 1)
+    weight = weights.double().gather(1, index)
+    into = (point - (cumulative.gather(1, index) - weight)) / weight
+    return index.squeeze(1), into.squeeze(1).clamp(0, 1 - 2**-53)
 
 
 @torch.no_grad()
@@ -436,18 +451,17 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
     logps = torch.zeros(batch, steps, device=device)
     completion_lengths = torch.zeros(batch, dtype=torch.long, device=device)
     with autocast(device):
-        cache = transformers.DynamicCache(config=model.config)
+        cache, seen = GrowingCache(width + steps), visible[:, None, None, :width]  # (prompts, 1, 1, P)
         hidden = model.base_model(
             input_ids=prompt_ids,
-            attention_mask=visible[:, :width],
+            attention_mask=(seen | torch.eye(width, dtype=torch.bool, device=device)).tril(),  # (prompts, 1, P, P)
             position_ids=(visible[:, :width].cumsum(1) - 1).clamp(min=0),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]  # (prompts, H)
-        hidden = hidden.repeat_interleave(group_size, 0)
-        cache.batch_repeat_interleave(group_size)
-        visible, next_position = (x.repeat_interleave(group_size, 0) for x in (visible, next_position))
         place = torch.arange(batch, device=device)  # where each row of the shrinking batch belongs
+        cache.select(place // group_size)
+        hidden, visible, next_position = (x[place // group_size] for x in (hidden, visible, next_position))
         running = torch.ones(batch, dtype=torch.bool, device=device)
         for t in range(steps):
             logits = model.get_output_embeddings()(hidden)  # (rows, V)
@@ -460,13 +474,13 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
                 break
             if left <= 0.75 * len(running):  # not at every end: copying the cache costs more than a few idle rows
                 keep = running.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
+                cache.select(keep)
                 place, tokens, running, visible, next_position = (
                     x[keep] for x in (place, tokens, running, visible, next_position)
                 )
             hidden = model.base_model(
                 input_ids=tokens[:, None],
-                attention_mask=visible[:, : width + t + 1],
+                attention_mask=visible[:, None, None, : width + t + 1],
                 position_ids=next_position[:, None],
                 past_key_values=cache,
                 use_cache=True,
@@ -530,7 +544,7 @@ class DAPOTrainer:
         elsewhere = {self.ref_device, self.reward_device} - {self.policy_device}
         self.worker = ThreadPoolExecutor(1) if elsewhere else None
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
         self.halvings = Counter()  # of what goes through a model at once, for lack of memory
         self.metrics_history, self.samples, self.skipped = [], [], []
@@ -633,9 +647,15 @@ class DAPOTrainer:
     def update(self, rollouts, rows, old_logps, ref_logps, advantages):
         """One optimizer step on some completions. Returns the losses and the statistics of the ratio.
 
-        A loss or gradient that is not finite moves nothing: the step is skipped, and counted by its grad_norm.
+        Completions that cannot move anything, without advantage where the loss has neither KL nor entropy, count in its
+        mean but do not go through the model. A loss or gradient that is not finite moves nothing: the step is skipped,
+        and counted by its grad_norm.
         """
-        batch = (rollouts, rows, old_logps, ref_logps, advantages)
+        total = loss_weight(rollouts.completion_mask[rows])
+        if ref_logps is None and ENTROPY_COEF == 0:
+            moving = advantages.view(len(advantages), -1).any(1).cpu()[rows]
+            rows = rows[moving] if moving.any() else rows[:1]
+        batch = (rollouts, rows, total, old_logps, ref_logps, advantages)
         logps, stats = self.as_fits("updates", MICRO_BATCH_TOKENS, lambda budget: self.compute_gradient(*batch, budget))
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
         if stats["grad_norm"].isfinite():
@@ -646,13 +666,13 @@ class DAPOTrainer:
             stats["kl_divergence"] = per_token(compute_kl(logps, ref_logps[rows]), mask)
         return stats
 
-    def compute_gradient(self, rollouts, rows, old_logps, ref_logps, advantages, budget):
+    def compute_gradient(self, rollouts, rows, total, old_logps, ref_logps, advantages, budget):
         """The gradient of the loss over some completions, in micro-batches of at most budget tokens.
 
-        Each micro-batch counts by its share of the whole, so that how it is split cannot change the gradient. Returns
-        logps (rows, T) without gradient, and the losses.
+        Each micro-batch counts by its share of total, the loss_weight of the whole, so that how it is split cannot
+        change the gradient. Returns logps (rows, T) without gradient, and the losses.
         """
-        mask, total = rollouts.completion_mask[rows].to(self.policy_device), loss_weight(rollouts.completion_mask[rows])
+        mask = rollouts.completion_mask[rows].to(self.policy_device)
         logps, stats = torch.zeros(mask.shape, device=self.policy_device), {}
         self.optimizer.zero_grad()
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout

@@ -11,6 +11,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import attention
 from configs import InputError, find_model, find_path, is_hub_id
 
 transformers.logging.disable_progress_bar()
@@ -136,15 +137,18 @@ def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=
 # ---- Models and tokenizers
 
 
-def load_model(auto_class, name, constant, device, *, revision="main", dtype=torch.float32, trust=False):
-    """A model in eval mode. Every tensor comes from its safetensors files; none is made up or left over."""
+def load_model(auto_class, name, constant, device, *, revision="main", dtype=torch.float32, trust=False, packed=True):
+    """A model in eval mode. Every tensor comes from its safetensors files; none is made up or left over.
+
+    packed: with the attention of attention.py, which the scripts' own passes use; else the best that the machine has.
+    """
     flash = device.type == "cuda" and dtype != torch.float32 and transformers.utils.is_flash_attn_2_available()
     try:
         model, info = auto_class.from_pretrained(
             find_model(name, constant),
             revision=revision,
             dtype=dtype,
-            attn_implementation="flash_attention_2" if flash else "sdpa",
+            attn_implementation=attention.NAME if packed else "flash_attention_2" if flash else "sdpa",
             use_safetensors=True,
             trust_remote_code=trust,
             output_loading_info=True,
@@ -249,19 +253,24 @@ def end_of_sequence_ids(model, tokenizer, constant):
 def check_policy(model, tokenizer, constant):
     """Raises InputError where the scripts would sample from, and train, another model than the one given.
 
-    They apply the output head themselves, to completion positions alone: a model that scales or caps its logits after
-    it is not supported. And every id of the tokenizer must have an embedding.
+    They pack sequences and apply the output head themselves, to completion positions alone: a model that scales or caps
+    its logits after it is not supported, nor one whose attention is of another kind. And every id of the tokenizer must
+    have an embedding.
     """
     if len(tokenizer) > (vocabulary := model.get_input_embeddings().num_embeddings):
         raise InputError(
             f"{constant}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}; give a pair that fits"
         )
-    ids = torch.arange(4, device=model.device)[None]
-    by_hand = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(by_hand, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3):
-        kind = type(model).__name__
+    ids, lengths = torch.arange(10).remainder(len(tokenizer)).view(2, 5), torch.tensor([5, 3])
+    packing = attention.Packing(model, lengths)
+    hidden = model.base_model(**packing.inputs(ids), use_cache=False).last_hidden_state[0]
+    model.set_attn_implementation("sdpa")
+    alone = [model(ids[i : i + 1, : lengths[i]].to(model.device), use_cache=False).logits[0] for i in range(2)]
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not torch.allclose(model.get_output_embeddings()(hidden), torch.cat(alone), rtol=tolerance, atol=tolerance):
         raise InputError(
-            f"{constant}: {kind} changes its logits after the output head, which the scripts do not support"
+            f"{constant}: {type(model).__name__} has an attention of its own kind, or changes its logits after the "
+            "head, which the scripts do not support; give a model like Qwen3 or Llama"
         )
 
 
@@ -425,8 +434,11 @@ def load_all(constants, devices, reward_names, generator):
         dtype = frozen_dtype(c.FROZEN_DTYPE, reward_device)
         classifiers = transformers.AutoModelForSequenceClassification, transformers.AutoModelForTokenClassification
         classifier = classifiers[not c.USE_SEQUENCE_LEVEL_REWARD]
+        options |= {"packed": False}
         model = load_model(classifier, c.REWARD_MODEL, "REWARD_MODEL", reward_device, dtype=dtype, **options)
-        own_tokenizer = load_tokenizer(c.REWARD_MODEL, "REWARD_MODEL", **options)
+        own_tokenizer = load_tokenizer(
+            c.REWARD_MODEL, "REWARD_MODEL", revision=c.REWARD_REVISION, trust=c.TRUST_REMOTE_CODE
+        )
 
         def batches(lengths):
             return c.micro_batches(lengths, constants["MICRO_BATCH_TOKENS"])
