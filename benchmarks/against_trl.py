@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from metrics import evaluate
 from workloads import ROOT, WORKLOADS, flops, grpo, peak_flops, prepare, set_constants, synchronize
 
 NAMES = {"ours": "grpo.py", "trl": "TRL's GRPOTrainer"}
@@ -68,7 +69,7 @@ def peak_memory():
 def accuracy(trainer, workload):
     if workload != "embedded":
         return {}
-    found = trainer.evaluate()[0]
+    found = evaluate(trainer, vars(grpo))[0]
     return {"sampled": found["eval_accuracy"], "greedy": found["eval_accuracy_greedy"]}
 
 

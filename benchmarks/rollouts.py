@@ -21,9 +21,7 @@ ONE_BY_ONE = 8
 
 
 def ours(trainer, rows, step):
-    rollouts = grpo.sample_completions(
-        trainer.policy, trainer.tokenizer, trainer.eos_ids, rows, grpo.GROUP_SIZE, ("rollout", step)
-    )
+    rollouts = trainer.sample(rows, grpo.GROUP_SIZE, ("rollout", step))
     return list(zip(rollouts.prompt_lengths.tolist(), rollouts.completion_lengths.tolist(), strict=True))
 
 
