@@ -85,13 +85,18 @@ def parse_rewards(text, name="REWARDS"):
         words = part.split()
         try:
             reward, weight = words if len(words) == 2 else (*words, 1.0)
-            weights[reward] = float(weight)
+            weight = float(weight)
         except ValueError:
             raise InputError(f'{name} = {text!r}: cannot read {part!r}; write "name weight, name weight"') from None
-        if not isfinite(weights[reward]):
-            raise InputError(f"{name} = {text!r}: the weight of {reward} is not a finite number")
+        if not isfinite(weight):
+            raise InputError(f"{name} = {text!r}: the weight of {reward} is not a finite number; give one such as 0.5")
+        if reward in weights:
+            raise InputError(f"{name} = {text!r}: {reward} is there twice; leave out one")
         if reward != "reward_model":
             find_reward(reward, name)
+        weights[reward] = weight
+    if not any(weights.values()):
+        raise InputError(f"{name} = {text!r}: all weights are zero, which teaches nothing; give one such as 1.0")
     return weights
 
 
@@ -103,7 +108,8 @@ def find_reward(reward, name):
         if inspect.isfunction(value) and list(inspect.signature(value).parameters) == ["prompt", "completion", "row"]
     }
     if reward not in rules:
-        raise InputError(f"{name}: there is no reward {reward!r}; rewards.py has {', '.join(sorted(rules))}")
+        have = ", ".join(sorted(rules))
+        raise InputError(f"{name}: rewards.py has no rule {reward!r}, it has {have}; name one of them, or add yours")
     return rules[reward]
 
 
