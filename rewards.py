@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import TimeoutError
-from math import isfinite
 from pathlib import Path
 
 from math_verify import parse, verify
@@ -30,6 +29,7 @@ SECONDS = 1.0  # per completion and rule
 MEMORY = 4 * 2**30  # bytes of address space per process
 MOST_FAILURES = 0.5  # share of a batch's completions
 PROCESSES = min(4, os.cpu_count() or 1)
+LARGEST, LARGEST_WEIGHT = 1e30, 1e6  # of a score and of a weight: their products and sums fit in float32
 
 
 # ---- Rule rewards: add yours here
@@ -88,8 +88,9 @@ def parse_rewards(text, name="REWARDS"):
             weight = float(weight)
         except ValueError:
             raise InputError(f'{name} = {text!r}: cannot read {part!r}; write "name weight, name weight"') from None
-        if not isfinite(weight):
-            raise InputError(f"{name} = {text!r}: the weight of {reward} is not a finite number; give one such as 0.5")
+        if not abs(weight) <= LARGEST_WEIGHT:  # nor NaN
+            most = f"not a finite number up to {LARGEST_WEIGHT:g}"
+            raise InputError(f"{name} = {text!r}: the weight of {reward} is {most}; give one such as 0.5")
         if reward in weights:
             raise InputError(f"{name} = {text!r}: {reward} is there twice; leave out one")
         if reward != "reward_model":
@@ -246,11 +247,11 @@ def _score(rule, items):
 def _checked(value):
     """(score, problem): the value as a number and None, or 0 and why it is no number."""
     try:
-        if isfinite(number := float(value)):
+        if abs(number := float(value)) <= LARGEST:  # nor NaN
             return number, None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: of a whole number beyond all floats
         pass
-    return 0.0, f"returned {value!r}, not a finite number"[:300]
+    return 0.0, f"returned {value!r:.200}, not a finite number up to {LARGEST:g}"
 
 
 def _scores(pool, rule, items, future):
