@@ -104,11 +104,35 @@ def constant_values(namespace):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            flag = unknown[1].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            message = f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else "see --help for all flags")
+        """Raises argparse's complaint as an InputError, with the remedy that it lacks."""
+        if unknown := re.match(r"unrecognized arguments: (\S*)", message):
+            message = self._unknown(unknown[1].split("=")[0])
+        elif missing := re.match(r"argument (--\S+): expected one argument", message):
+            message += f"; write {missing[1]}={self._option_string_actions[missing[1]].metavar}"
+        elif switch := re.match(r"argument (--\S+)/(--no-\S+): ignored explicit argument", message):
+            message = f"{switch[1]} is a switch and takes no value; write {switch[1]} or {switch[2]}"
         raise InputError(message)
+
+    def _unknown(self, word):
+        if not word.startswith(("-", "–", "—")):  # web pages and word processors make long dashes of two short ones
+            remedy = "write --flag value, a value with spaces in quotes, and a switch alone, as --name or --no-name"
+            return f"{word!r} belongs to no flag; {remedy}"
+        name = word.strip("-–—").lower().replace("_", "-")
+        near = difflib.get_close_matches("--" + name, self._option_string_actions, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "see --help for all flags"
+        if name.replace("-", "_").upper() in RULES and near[:1] != ["--" + name]:
+            remedy = "it belongs to another script; see --help for the flags of this one"
+        return f"unknown flag {word}; {remedy}"
+
+
+class _Given(argparse.Namespace):
+    """What flags set. One that is given twice must say the same: which of two values is meant is not ours to guess."""
+
+    def __setattr__(self, name, value):
+        if (before := getattr(self, name, value)) != value:
+            flag = "--" + name.lower().replace("_", "-")
+            raise InputError(f"{flag} is given twice, as {before!r} and as {value!r}; leave out one")
+        super().__setattr__(name, value)
 
 
 def _number_of(kind):
@@ -139,9 +163,11 @@ def apply_overrides(namespace, argv=None):
     )
     groups = {}
     for name, (value, comment, group) in constants.items():
+        kind = _rule(name)[0] or type(value)
+        if kind not in _KINDS:  # a constant that someone added, such as a list, is no flag
+            continue
         if group not in groups:
             groups[group] = parser.add_argument_group(group.partition(":")[0], group.partition(":")[2].strip() or None)
-        kind = _rule(name)[0] or type(value)
         options = {"dest": name, "default": argparse.SUPPRESS}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -150,12 +176,13 @@ def apply_overrides(namespace, argv=None):
             options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
         options["help"] = f"{comment} (default: {value!r})".replace("%", "%%")
         groups[group].add_argument("--" + name.lower().replace("_", "-"), **options)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv, _Given()))
     if given.get("RESUME", namespace.get("RESUME")):
         return _resume(namespace, constants, given)
     preset = given.get("PRESET", namespace.get("PRESET", ""))
-    if preset and preset not in PRESETS:
-        raise InputError(f"--preset {preset}: there is no such preset; choose one of {', '.join(sorted(PRESETS))}")
+    if preset not in ("", *PRESETS):
+        have = ", ".join(sorted(PRESETS))
+        raise InputError(f'--preset {preset}: there is no such preset; choose one of {have}, or "" for none')
     script = Path(namespace["__file__"]).stem
     for name, value in PRESETS.get(preset, {}).items():
         name = name.removeprefix(f"{script}.")
@@ -233,6 +260,7 @@ MAY_CHANGE = DEVICES + (
 
 # ---- Rules
 
+LARGEST = 1e15  # of all numbers but SEED: what is larger is a slip, and would fail where nobody looks for it
 _KINDS = {int: "a whole number", float: "a number", str: "text in quotes", bool: "True or False"}
 
 
@@ -270,6 +298,7 @@ RULES = {
     "USE_SEQUENCE_LEVEL_REWARD": (bool, (True, False), None),
     "STEP_SEPARATOR": (str, lambda v: True, ""),
     "TRUST_REMOTE_CODE": (bool, (True, False), None),
+    "PRESET": (str, lambda v: True, ""),
     "PROMPTS_CONFIG": (str, lambda v: True, ""),
     "EVAL_PROMPTS": (str, lambda v: True, ""),
     "SYSTEM_PROMPT": (str, lambda v: True, ""),
@@ -334,8 +363,13 @@ def validate(namespace):
                 raise InputError(f"{name} = {value!r} must be one of {', '.join(map(repr, holds))}; give {flag}")
         elif not holds(value):
             raise InputError(f"{name} = {value!r} must be {text}; edit it or give {flag}")
+        if kind in (int, float) and value > LARGEST and name != "SEED":
+            raise InputError(f"{name} = {value!r} is too large, more than {LARGEST:g}; edit it or give {flag}")
     if namespace.get("LOSS_AGGREGATION") == "constant" and "LOSS_DIVISOR" not in namespace:
-        raise InputError("LOSS_AGGREGATION = 'constant' is for grpo.py; this script has no LOSS_DIVISOR to divide by")
+        raise InputError(
+            "LOSS_AGGREGATION = 'constant' is for grpo.py; this script has no LOSS_DIVISOR to divide by: "
+            "give --loss-aggregation token_mean or sequence_mean"
+        )
     if not namespace["USE_SEQUENCE_LEVEL_REWARD"]:
         if namespace.get("RATIO_LEVEL") == "sequence":
             raise InputError(
@@ -369,8 +403,9 @@ def check_device(name, value):
     except RuntimeError:
         there = False
     if not there:
-        have = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
-        raise InputError(f"{name} = {value!r}: this machine has no such device; it has {have}")
+        have = " or ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
+        flag = "--" + name.lower().replace("_", "-")
+        raise InputError(f"{name} = {value!r}: this machine has no such device; give {flag} {have}")
 
 
 def choose_devices(policy, ref, reward):
@@ -396,15 +431,24 @@ def choose_devices(policy, ref, reward):
 
 def find_path(value, name):
     """A local file or folder: as given, else beside the scripts. Raises InputError if there is none."""
-    for path in (Path(value).expanduser(), HERE / value):
-        if value and path.exists():
-            return path
-    raise InputError(f"{name} = {value!r}: no such file or folder; give --{name.lower().replace('_', '-')} PATH")
+    why = ""
+    try:
+        for path in (Path(value).expanduser(), HERE / value):
+            if value and path.exists():
+                return path
+    except (OSError, RuntimeError) as error:  # too long for a name, in a folder that is not ours, ~ of an unknown user
+        why = f" ({getattr(error, 'strerror', None) or error})"
+    flag = "--" + name.lower().replace("_", "-")
+    remedy = f"give {flag} PATH, or owner/name for one on the Hub"
+    raise InputError(f"{name} = {value!r:.200}: no such file or folder{why}; {remedy}")
+
+
+DATA_FILES = (".jsonl", ".json", ".parquet")
 
 
 def is_hub_id(value):
     """Whether a name is `owner/name` of the Hub rather than a path: neither it nor its owner is there as a file."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", value, re.ASCII) or value.endswith(DATA_FILES):
         return False
     return not any((place / part).exists() for place in (Path(), HERE) for part in (value, value.split("/")[0]))
 
@@ -414,6 +458,11 @@ def find_model(value, name):
     if is_hub_id(value):
         return value
     path = find_path(value, name)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise InputError(
+            f"{name} = {value!r} holds an adapter alone; give the folder of a whole model, such as the final/ that "
+            "a run with --merge-lora saves"
+        )
     if not (path / "config.json").is_file():
         raise InputError(f"{name} = {value!r}: the folder has no config.json; give a folder saved by save_pretrained")
     return str(path)

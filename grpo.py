@@ -174,6 +174,11 @@ def compute_token_advantages(rewards, completion_mask, group_size):
     return advantages.to(rewards.dtype)
 
 
+def bounded_exp(log_ratio):
+    """exp, held at the square root of the dtype's largest number, 2e19 in float32: infinity times zero would be NaN."""
+    return log_ratio.clamp(max=math.log(torch.finfo(log_ratio.dtype).max) / 2).exp()
+
+
 def compute_policy_loss(logps, old_logps, advantages, completion_mask):
     """GRPO, eq. 3: −min(r_it A_i, clip(r_it) A_i) of each token, aggregated: (scalar, stats). No KL, no entropy term.
 
@@ -182,7 +187,7 @@ def compute_policy_loss(logps, old_logps, advantages, completion_mask):
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # (B, 1)
-    ratio = (logps - old_logps).masked_fill(~completion_mask, 0.0).exp()  # (B, T)
+    ratio = bounded_exp((logps - old_logps).masked_fill(~completion_mask, 0.0))  # (B, T)
     losses = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
     if DUAL_CLIP > 0:
         losses = torch.where(advantages < 0, torch.min(losses, -DUAL_CLIP * advantages), losses)
@@ -230,7 +235,7 @@ def compute_kl(logps, ref_logps):
 
     As a loss, its gradient is that of the forward KL(π_ref ‖ π). Source: Schulman 2020, "Approximating KL Divergence".
     """
-    log_ratio = ref_logps - logps
+    log_ratio = (ref_logps - logps).clamp(max=math.log(torch.finfo(logps.dtype).max) / 2)  # as in bounded_exp
     return log_ratio.exp() - log_ratio - 1
 
 
@@ -243,6 +248,7 @@ def compute_kl_loss(logps, old_logps, ref_logps, completion_mask):
     "k3", exp(−d) + d − 1: that of the forward KL(π_ref ‖ π)
     "ratio_k3", π/π_old · k3: that of the reverse KL, off-policy too
     """
+    logps, old_logps, ref_logps = (x.masked_fill(~completion_mask, 0.0) for x in (logps, old_logps, ref_logps))
     if KL_ESTIMATOR == "k1":
         values = logps - ref_logps
     elif KL_ESTIMATOR == "k2":
@@ -250,7 +256,7 @@ def compute_kl_loss(logps, old_logps, ref_logps, completion_mask):
     else:
         values = compute_kl(logps, ref_logps)
     if KL_ESTIMATOR == "ratio_k3":
-        values = values * (logps - old_logps).masked_fill(~completion_mask, 0.0).exp()
+        values = values * bounded_exp(logps - old_logps)
     return aggregate(values, completion_mask)
 
 

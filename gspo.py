@@ -180,7 +180,12 @@ def compute_sequence_ratio(logps, old_logps, completion_mask):
     log_ratio = (logps - old_logps).masked_fill(~completion_mask, 0.0).sum(1)  # (B,)
     if LENGTH_NORMALIZED_RATIO:
         log_ratio = log_ratio / completion_mask.sum(1).clamp(min=1)
-    return log_ratio.exp()
+    return bounded_exp(log_ratio)
+
+
+def bounded_exp(log_ratio):
+    """exp, held at the square root of the dtype's largest number, 2e19 in float32: infinity times zero would be NaN."""
+    return log_ratio.clamp(max=math.log(torch.finfo(log_ratio.dtype).max) / 2).exp()
 
 
 def compute_policy_loss(logps, old_logps, advantages, completion_mask):
@@ -211,7 +216,7 @@ def compute_policy_loss_token_level(logps, old_logps, advantages, completion_mas
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # (B, 1)
     if RATIO_LEVEL == "token":
-        ratio = (logps - old_logps).masked_fill(~completion_mask, 0.0).exp()  # (B, T)
+        ratio = bounded_exp((logps - old_logps).masked_fill(~completion_mask, 0.0))  # (B, T)
     else:
         sequence_ratio = compute_sequence_ratio(logps, old_logps, completion_mask).detach()  # (B,)
         ratio = sequence_ratio[:, None] * (logps - logps.detach()).masked_fill(~completion_mask, 0.0).exp()  # (B, T)
@@ -262,12 +267,13 @@ def compute_kl(logps, ref_logps):
 
     As a loss, its gradient is that of the forward KL(π_ref ‖ π). Source: Schulman 2020, "Approximating KL Divergence".
     """
-    log_ratio = ref_logps - logps
+    log_ratio = (ref_logps - logps).clamp(max=math.log(torch.finfo(logps.dtype).max) / 2)  # as in bounded_exp
     return log_ratio.exp() - log_ratio - 1
 
 
 def compute_kl_loss(logps, old_logps, ref_logps, completion_mask):
     """The KL term of the loss before its coefficient: k3, aggregated. Scalar; the gradient flows through logps."""
+    logps, ref_logps = (x.masked_fill(~completion_mask, 0.0) for x in (logps, ref_logps))
     return aggregate(compute_kl(logps, ref_logps), completion_mask)
 
 

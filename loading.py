@@ -1,7 +1,10 @@
 """Prompts, models and tokenizers, checked as they are read. What is wrong with them is an InputError, one line."""
 
 import json
+import logging
+import math
 import re
+import textwrap
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -14,14 +17,35 @@ from safetensors.torch import load_file
 import attention
 from configs import InputError, find_model, find_path, is_hub_id
 
+# What they say of retries and of weights that do not fit; what comes of it is checked and reported here.
 transformers.logging.disable_progress_bar()
-huggingface_hub.logging.set_verbosity_error()  # its retries; what comes of them is reported
+transformers.logging.set_verbosity_error()
+huggingface_hub.logging.set_verbosity_error()
 
-# What the libraries raise about a file, a name or the network. Anything else is a fault of ours, and shows itself.
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+# What the libraries raise about a file, a name, a package or the network. Anything else is a fault of ours, and shows
+# itself. A TypeError is what they have for a config of the wrong types.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    TypeError,
+    SafetensorError,
+    huggingface_hub.errors.StrictDataclassError,
+)
+
+
+def _short(error):
+    """What an error of a library says, on one line that can be read."""
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    return textwrap.shorten(text, 400, placeholder=" ...").rstrip(".") or type(error).__name__
 
 
 # ---- Prompts
+
+
+ONE_PER_LINE = "one object per line; a JSON array belongs in a file named .json"
 
 
 def load_prompts(source, name, prompt_column, answer_column, config="", split="train"):
@@ -35,7 +59,7 @@ def load_prompts(source, name, prompt_column, answer_column, config="", split="t
     for number, row in enumerate(rows, 1):
         place = where(number)
         if not isinstance(row, dict):
-            raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}; one object per line")
+            raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}; {ONE_PER_LINE}")
         for column, constant in ((prompt_column, "PROMPT_COLUMN"), (answer_column, "ANSWER_COLUMN")):
             if column not in row:
                 has = ", ".join(row) or "no fields"
@@ -51,6 +75,10 @@ def load_prompts(source, name, prompt_column, answer_column, config="", split="t
             what = "null" if row[answer_column] is None else "empty"
             raise InputError(f"{place}: {answer_column!r} is {what}; give an answer or remove the row")
         text = "\n".join(message["content"] for message in messages)
+        try:
+            f"{text}{row[answer_column]}".encode()
+        except UnicodeEncodeError:  # JSON can write half a pair, "\\ud83d", which is no text
+            raise InputError(f"{place}: the text holds half of a surrogate pair; write the character whole") from None
         rows[number - 1] = {**row, "prompt": text, "messages": messages, "answer": str(row[answer_column])}
     if not rows:
         raise InputError(f"{name} = {source!r} holds no prompts; give at least one")
@@ -59,8 +87,9 @@ def load_prompts(source, name, prompt_column, answer_column, config="", split="t
 
 def _is_chat(messages):
     try:
-        return any(message["content"].strip() and message["role"] for message in messages) and all(
-            isinstance(message["content"], str) for message in messages
+        return any(message["content"].strip() for message in messages) and all(
+            isinstance(message["content"], str) and isinstance(message["role"], str) and message["role"]
+            for message in messages
         )
     except (TypeError, KeyError, AttributeError):
         return False
@@ -71,35 +100,44 @@ def _read_rows(source, name, config, split):
     on_hub = is_hub_id(source)
     path = source if on_hub else find_path(source, name)
     kind = "" if on_hub else path.suffix.lower().lstrip(".")
+    if not on_hub and path.is_dir():
+        raise InputError(f"{name} = {source!r} is a folder; give the JSONL, JSON or Parquet file itself")
+    if not on_hub and path.stat().st_size == 0:
+        return [], None
     if on_hub or kind in ("parquet", "json"):
         import datasets  # here, for it takes a second
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(logging.CRITICAL)  # it logs an error, and raises it
         try:
             if on_hub:
                 rows = datasets.load_dataset(source, config or None, split=split)
             else:
                 rows = datasets.load_dataset(kind, data_files=str(path), split="train")
-        except (*LOAD_ERRORS, datasets.exceptions.DatasetsError) as error:
+        except (*LOAD_ERRORS, StopIteration, datasets.exceptions.DatasetsError) as error:  # the second: of blank JSON
             what = f", split {split!r}, cannot be loaded" if on_hub else f" cannot be read as {kind}"
             remedy = "check id, configuration, split and network, or give a file" if on_hub else "write the file anew"
-            raise InputError(f"{name} = {str(source)!r}{what}: {error.__cause__ or error}; {remedy}") from None
+            raise InputError(f"{name} = {str(source)!r}{what}: {_short(error.__cause__ or error)}; {remedy}") from None
         return list(rows), lambda number: f"{path}, row {number}"
     try:  # JSONL line by line, to say which line is wrong; `datasets` would also fill a missing field with None
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: cannot read {path}: {error}; give JSONL in UTF-8, JSON or Parquet") from None
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"{name}: cannot read {path}: {error.strerror}; give a file that can be read") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: not UTF-8; give JSONL in UTF-8, or JSON or Parquet") from None
     numbers, rows = [number for number, line in enumerate(lines, 1) if line.strip()], []
     for number in numbers:
         try:
             rows.append(json.loads(lines[number - 1]))
-        except (json.JSONDecodeError, RecursionError) as error:
-            at = (
-                f"{error.msg} at column {error.colno}"
-                if isinstance(error, json.JSONDecodeError)
-                else "nested too deeply"
-            )
-            raise InputError(f"{path}, line {number}: not JSON ({at}); one object per line") from None
+        except (ValueError, RecursionError) as error:
+            if "\0" in lines[number - 1]:
+                raise InputError(f"{path}, line {number}: holds NUL, as UTF-16 does; save it as UTF-8") from None
+            if isinstance(error, json.JSONDecodeError):
+                what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            else:
+                what = "nested too deeply" if isinstance(error, RecursionError) else _short(error)
+            raise InputError(f"{path}, line {number}: not JSON ({what}); {ONE_PER_LINE}") from None
     return rows, lambda number: f"{path}, line {numbers[number - 1]}"
 
 
@@ -109,7 +147,7 @@ def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=
     A tokenizer with a chat template gets the messages, the system prompt before them, and the opening of the answer;
     one without gets the plain text. longest: tokens, which nothing is ever cut to. Raises InputError if none is left.
     """
-    kept = []
+    kept, empty = [], 0
     for row in rows:
         if tokenizer.chat_template:
             system = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -118,23 +156,47 @@ def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=
                     system + row["messages"], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
                 )
             except Exception as error:  # a template is a program of the model's: it may raise what it likes
-                raise InputError(f"{source}: the chat template refuses {row['messages']!r:.200}: {error}") from None
+                raise InputError(
+                    f"{source}: the chat template refuses {row['messages']!r:.200}: {_short(error)}; "
+                    "change the prompts or the template"
+                ) from None
         else:
             row["prompt_text"] = "\n".join(filter(None, [system_prompt, row["prompt"]]))
         row["prompt_ids"] = tokenizer(row["prompt_text"], add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        empty += not row["prompt_ids"]
         if 0 < len(row["prompt_ids"]) <= longest:
             kept.append(row)
+    if empty == len(rows):
+        raise InputError(
+            f"{source}: no prompt has a token; the tokenizer of POLICY_MODEL does not know their letters, or its chat "
+            "template leaves them out: give prompts and a model that fit"
+        )
     if not kept:
         raise InputError(
             f"{source}: each prompt is longer than the {longest} tokens that MAX_PROMPT_TOKENS, or the model's context "
-            "beside MAX_COMPLETION_TOKENS, leaves; lower --max-completion-tokens or shorten the prompts"
+            "beside MAX_COMPLETION_TOKENS, leaves; raise --max-prompt-tokens if it is set, lower "
+            "--max-completion-tokens, or shorten the prompts"
         )
     if len(kept) < len(rows):
-        print(f"{source}: left out {len(rows) - len(kept)} of {len(rows)} prompts, longer than {longest} tokens")
+        left_out = f"left out {len(rows) - len(kept)} of {len(rows)} prompts"
+        print(f"{source}: {left_out}, longer than {longest} tokens or empty")
     return kept
 
 
 # ---- Models and tokenizers
+
+
+def _not_loaded(what, name, constant, error):
+    """The InputError for what a library cannot load."""
+    if "trust_remote_code" in str(error):
+        remedy = "if you trust that code, --trust-remote-code runs it"
+    elif isinstance(error, ImportError):
+        remedy = "install that, or give another model"
+    elif is_hub_id(name):
+        remedy = "check name, revision and network, or give a folder"
+    else:
+        remedy = "save or download it again, with safetensors and tokenizer, or give another model"
+    return InputError(f"{constant} = {name!r}: the {what} cannot be loaded: {_short(error)}; {remedy}")
 
 
 def load_model(auto_class, name, constant, device, *, revision="main", dtype=torch.float32, trust=False, packed=True):
@@ -143,18 +205,20 @@ def load_model(auto_class, name, constant, device, *, revision="main", dtype=tor
     packed: with the attention of attention.py, which the scripts' own passes use; else the best that the machine has.
     """
     flash = device.type == "cuda" and dtype != torch.float32 and transformers.utils.is_flash_attn_2_available()
+    place = find_model(name, constant)
     try:
         model, info = auto_class.from_pretrained(
-            find_model(name, constant),
+            place,
             revision=revision,
             dtype=dtype,
             attn_implementation=attention.NAME if packed else "flash_attention_2" if flash else "sdpa",
             use_safetensors=True,
             trust_remote_code=trust,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
             output_loading_info=True,
         )
     except LOAD_ERRORS as error:
-        raise InputError(f"{constant} = {name!r}: the model cannot be loaded: {error}") from None
+        raise _not_loaded("model", name, constant, error) from None
     wrong = [f"{what.replace('_', ' ')} {sorted(map(str, keys))[:3]}" for what, keys in info.items() if keys]
     if wrong:
         raise InputError(f"{constant} = {name!r}: its weights do not fit its config: {'; '.join(wrong)}; save it anew")
@@ -177,7 +241,8 @@ def add_lora(model, rank, alpha, targets):
         )
         return peft.get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"LORA_TARGETS = {targets!r}: {error}; give names of the model's linear layers") from None
+        remedy = "give names of the model's linear layers"
+        raise InputError(f"LORA_TARGETS = {targets!r}: {_short(error)}; {remedy}") from None
 
 
 def policy_weights(model, adapter=None):
@@ -192,7 +257,7 @@ def save_policy(folder, model, adapter=None, weights=None):
 
 
 def save_merged(folder, model, adapter):
-    """Writes the whole model with the adapter's part added in; the model itself stays, for adding in place rounds."""
+    """Writes the whole model with the adapter added in; the model itself stays, for adding in place would round it."""
     import peft
 
     weights = {key: value for key, value in model.state_dict().items() if ".lora_" not in key}
@@ -227,15 +292,17 @@ def load_policy(folder, model, adapter=None):
 
 def load_tokenizer(name, constant, *, revision="main", trust=False):
     """A tokenizer with a pad token, the end-of-sequence token where it has none of its own."""
+    place = find_model(name, constant)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            find_model(name, constant), revision=revision, trust_remote_code=trust
-        )
-    except LOAD_ERRORS as error:
-        raise InputError(f"{constant} = {name!r}: the tokenizer cannot be loaded: {error}") from None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust)
+    except Exception as error:  # the tokenizers library raises nothing narrower about a file it cannot use
+        raise _not_loaded("tokenizer", name, constant, error) from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise InputError(f"{constant} = {name!r}: the tokenizer has no pad and no end-of-sequence token; set one")
+            raise InputError(
+                f"{constant} = {name!r}: the tokenizer has no pad and no end-of-sequence token; set eos_token in its "
+                "tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -244,6 +311,10 @@ def end_of_sequence_ids(model, tokenizer, constant):
     """All ids that end a completion: a chat model's generation config often has more than the tokenizer's one."""
     of_model = model.generation_config.eos_token_id
     ids = {*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id} - {None}
+    if wrong := [value for value in ids if type(value) is not int]:
+        raise InputError(
+            f"{constant}: eos_token_id {wrong[0]!r} is no token's number; mend the model's generation_config.json"
+        )
     if not ids:
         raise InputError(f"{constant}: the model has no end-of-sequence token; set eos_token in its tokenizer")
     return sorted(ids)
@@ -257,20 +328,31 @@ def check_policy(model, tokenizer, constant):
     its logits after it is not supported, nor one whose attention is of another kind. And every id of the tokenizer must
     have an embedding.
     """
+    check_vocabulary(model, tokenizer, constant)
+    ids, lengths, head = torch.arange(10).remainder(len(tokenizer)).view(2, 5), [5, 3], model.get_output_embeddings()
+    try:
+        packing = attention.Packing(model, torch.tensor(lengths))
+        packed = head(model.base_model(**packing.inputs(ids), use_cache=False).last_hidden_state[0])
+        model.set_attn_implementation("sdpa")
+        alone = [model(row[None, :n].to(model.device)).logits[0] for row, n in zip(ids, lengths, strict=True)]
+        model.set_attn_implementation(attention.NAME)
+    except Exception:  # a model of another kind may raise what it likes
+        packed, alone = torch.zeros(1), [torch.ones(1)]
+    if not packed.isfinite().all():
+        raise InputError(f"{constant}: its logits are not finite, so its weights hold nan or inf; give another copy")
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not torch.allclose(packed, torch.cat(alone), rtol=tolerance, atol=tolerance):
+        raise InputError(
+            f"{constant}: {type(model).__name__} has an attention of its own kind, or changes its logits after the "
+            "output head, which the scripts do not support; give a model like Qwen3 or Llama"
+        )
+
+
+def check_vocabulary(model, tokenizer, constant):
+    """Raises InputError unless every id of the tokenizer has an embedding."""
     if len(tokenizer) > (vocabulary := model.get_input_embeddings().num_embeddings):
         raise InputError(
             f"{constant}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}; give a pair that fits"
-        )
-    ids, lengths = torch.arange(10).remainder(len(tokenizer)).view(2, 5), torch.tensor([5, 3])
-    packing = attention.Packing(model, lengths)
-    hidden = model.base_model(**packing.inputs(ids), use_cache=False).last_hidden_state[0]
-    model.set_attn_implementation("sdpa")
-    alone = [model(ids[i : i + 1, : lengths[i]].to(model.device), use_cache=False).logits[0] for i in range(2)]
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    if not torch.allclose(model.get_output_embeddings()(hidden), torch.cat(alone), rtol=tolerance, atol=tolerance):
-        raise InputError(
-            f"{constant}: {type(model).__name__} has an attention of its own kind, or changes its logits after the "
-            "head, which the scripts do not support; give a model like Qwen3 or Llama"
         )
 
 
@@ -283,11 +365,14 @@ class RewardModel:
     """
 
     def __init__(self, model, tokenizer, name, batches):
-        self.model, self.tokenizer, self.batches = model.requires_grad_(False), tokenizer, batches
+        self.model, self.tokenizer = model.requires_grad_(False), tokenizer
+        self.name, self.batches = name, batches
         config = model.config.get_text_config()
         config.pad_token_id = tokenizer.pad_token_id
         if model.config.num_labels != 1:
-            raise InputError(f"REWARD_MODEL = {name!r} has {model.config.num_labels} logits; give a model with 1")
+            have = f"REWARD_MODEL = {name!r} has {model.config.num_labels} logits"
+            raise InputError(f"{have}; give --reward-model one with a single logit")
+        check_vocabulary(model, tokenizer, f"REWARD_MODEL = {name!r}")
         limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
         self.longest = min(limit for limit in limits if limit)
         self.seen = self.cut = 0
@@ -312,8 +397,21 @@ class RewardModel:
     def text_of(self, row, text):
         if self.tokenizer.chat_template:
             chat = [*row["messages"], {"role": "assistant", "content": text}]
-            return self.tokenizer.apply_chat_template(chat, tokenize=False)
+            try:
+                return self.tokenizer.apply_chat_template(chat, tokenize=False)
+            except Exception as error:  # as for prompts: a template may raise what it likes
+                raise InputError(
+                    f"REWARD_MODEL = {self.name!r}: its chat template refuses {chat!r:.200}: {_short(error)}; change "
+                    "the prompts or the template"
+                ) from None
         return row["prompt"] + text
+
+    def check(self, row):
+        """Raises InputError where a prompt and its answer get no score: now, and not after a step's sampling."""
+        (score,) = self([row], [row["answer"]], None)
+        self.report()
+        if not math.isfinite(score):
+            raise InputError(f"REWARD_MODEL = {self.name!r} gives {score} for the first prompt; give another copy")
 
     def report(self):
         """The share of texts that were cut since the last report."""
@@ -448,7 +546,8 @@ def load_all(constants, devices, reward_names, generator):
         else:
             reward_model = TokenRewardModel(model, own_tokenizer, tokenizer, c.REWARD_MODEL, batches, c.STEP_SEPARATOR)
 
-    longest = policy.config.get_text_config().max_position_embeddings - c.MAX_COMPLETION_TOKENS
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+    longest = context - c.MAX_COMPLETION_TOKENS
     longest = min(longest, c.MAX_PROMPT_TOKENS) if c.MAX_PROMPT_TOKENS else longest
     if longest < 1:
         raise InputError(
@@ -459,6 +558,8 @@ def load_all(constants, devices, reward_names, generator):
     train_rows = encode_prompts(train_rows, tokenizer, longest, c.PROMPTS, **chat)
     eval_rows = encode_prompts(eval_rows[: c.EVAL_SIZE], tokenizer, longest, c.EVAL_PROMPTS or c.PROMPTS, **chat)
     eos_ids = end_of_sequence_ids(policy, tokenizer, "POLICY_MODEL")
+    if reward_model is not None and c.USE_SEQUENCE_LEVEL_REWARD:
+        reward_model.check(train_rows[0])
     return Loaded(train_rows, eval_rows, tokenizer, policy, eos_ids, adapter, ref_model, reward_model)
 
 

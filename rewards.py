@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import TimeoutError
-from math import isfinite
 from pathlib import Path
 
 from math_verify import parse, verify
@@ -30,6 +29,7 @@ SECONDS = 1.0  # per completion and rule
 MEMORY = 4 * 2**30  # bytes of address space per process
 MOST_FAILURES = 0.5  # share of a batch's completions
 PROCESSES = min(4, os.cpu_count() or 1)
+LARGEST, LARGEST_WEIGHT = 1e30, 1e6  # of a score and of a weight: their products and sums fit in float32
 
 
 # ---- Rule rewards: add yours here
@@ -85,13 +85,19 @@ def parse_rewards(text, name="REWARDS"):
         words = part.split()
         try:
             reward, weight = words if len(words) == 2 else (*words, 1.0)
-            weights[reward] = float(weight)
+            weight = float(weight)
         except ValueError:
             raise InputError(f'{name} = {text!r}: cannot read {part!r}; write "name weight, name weight"') from None
-        if not isfinite(weights[reward]):
-            raise InputError(f"{name} = {text!r}: the weight of {reward} is not a finite number")
+        if not abs(weight) <= LARGEST_WEIGHT:  # nor NaN
+            most = f"not a finite number up to {LARGEST_WEIGHT:g}"
+            raise InputError(f"{name} = {text!r}: the weight of {reward} is {most}; give one such as 0.5")
+        if reward in weights:
+            raise InputError(f"{name} = {text!r}: {reward} is there twice; leave out one")
         if reward != "reward_model":
             find_reward(reward, name)
+        weights[reward] = weight
+    if not any(weights.values()):
+        raise InputError(f"{name} = {text!r}: all weights are zero, which teaches nothing; give one such as 1.0")
     return weights
 
 
@@ -103,7 +109,8 @@ def find_reward(reward, name):
         if inspect.isfunction(value) and list(inspect.signature(value).parameters) == ["prompt", "completion", "row"]
     }
     if reward not in rules:
-        raise InputError(f"{name}: there is no reward {reward!r}; rewards.py has {', '.join(sorted(rules))}")
+        have = ", ".join(sorted(rules))
+        raise InputError(f"{name}: rewards.py has no rule {reward!r}, it has {have}; name one of them, or add yours")
     return rules[reward]
 
 
@@ -242,11 +249,11 @@ def _score(rule, items):
 def _checked(value):
     """(score, problem): the value as a number and None, or 0 and why it is no number."""
     try:
-        if isfinite(number := float(value)):
+        if abs(number := float(value)) <= LARGEST:  # nor NaN
             return number, None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: of a whole number beyond all floats
         pass
-    return 0.0, f"returned {value!r}, not a finite number"[:300]
+    return 0.0, f"returned {value!r:.200}, not a finite number up to {LARGEST:g}"
 
 
 def _scores(pool, rule, items, future):

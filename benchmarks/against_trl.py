@@ -33,8 +33,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from metrics import evaluate
 from workloads import ROOT, WORKLOADS, flops, grpo, peak_flops, prepare, set_constants, synchronize
+
+from metrics import evaluate
 
 NAMES = {"ours": "grpo.py", "trl": "TRL's GRPOTrainer"}
 PHASES = ("rollout", "scoring", "update")

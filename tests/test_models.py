@@ -16,6 +16,7 @@ import grpo
 import gspo
 import loading
 
+datasets.disable_progress_bars()  # stderr is for what a person is to read
 ARITHMETIC = configs.HERE / "data/models/arithmetic-policy"
 GSM8K = configs.HERE.parent / "shared" / "gsm8k" / "train.jsonl"
 TEMPLATE = (
