@@ -389,9 +389,7 @@ MODELS = [
     row("an unknown architecture", dapo, model(edited("config.json", model_type="brain")), "`brain`", "transformers"),
     row("a size that is a word", gspo, model(edited("config.json", hidden_size="big")), "POLICY_MODEL", "hidden_size"),
     row("a model that is no language model", grpo, model(saved(transformers.T5Model, T5)), "POLICY_MODEL", "T5Config"),
-    row(
-        "another kind of attention", dapo, model(saved(transformers.BloomForCausalLM, BLOOM)), "Bloom", "another model"
-    ),
+    row("another kind of attention", dapo, model(saved(transformers.BloomForCausalLM, BLOOM)), "Bloom", "like Qwen3"),
     row("scaled logits", gspo, model(saved(transformers.GraniteForCausalLM, GRANITE)), "changes its logits", "give a"),
     row("quantized weights", grpo, model(edited("config.json", quantization_config=QUANTIZED)), "GPTQ", "install"),
     row("code that may not run", gspo, model(edited("config.json", auto_map=REMOTE, model_type="x")), "--trust-remote"),
