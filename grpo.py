@@ -314,11 +314,40 @@ def micro_batches(lengths, token_budget):
         yield torch.stack(batch)
 
 
+class TokenLogps(torch.autograd.Function):
+    """log π of targets (tokens,) from logits (tokens, V), and the entropy there: both (tokens,).
+
+    As log_softmax with gather, and −Σ p log p, but the one large tensor that is kept becomes the gradient in its place:
+    with a large vocabulary the passes over memory cost as much as the matrix products.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, with_entropy):
+        log_probs = logits.log_softmax(-1)
+        logps, entropy = log_probs.gather(1, targets[:, None]), None
+        if with_entropy:
+            entropy = -(log_probs.exp() * log_probs).sum(-1, keepdim=True)
+        ctx.save_for_backward(log_probs, targets, entropy)
+        return logps.squeeze(1), torch.zeros_like(logps).squeeze(1) if entropy is None else entropy.squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad, grad_entropy):
+        """d log π_a / d logit_v = [v = a] − p_v, and d H / d logit_v = −p_v (log p_v + H)."""
+        log_probs, targets, entropy = ctx.saved_tensors
+        if entropy is None:
+            grad_logits = log_probs.exp_().mul_(-grad[:, None])
+        else:
+            probs = log_probs.exp()
+            grad_logits = log_probs.add_(entropy).mul_(-grad_entropy[:, None]).sub_(grad[:, None]).mul_(probs)
+        return grad_logits.scatter_add_(1, targets[:, None], grad[:, None]), None, None
+
+
 def token_logps(hidden, targets, head, with_entropy):
     """log π of targets (tokens,) from their hidden states (tokens, H), and the entropy there or, unasked, zeros."""
-    log_probs = (head(hidden).float() / TEMPERATURE).log_softmax(-1)  # (tokens, V)
-    logps = log_probs.gather(1, targets[:, None]).squeeze(1)
-    return logps, -(log_probs.exp() * log_probs).sum(-1) if with_entropy else torch.zeros_like(logps)
+    logits = head(hidden).float()  # (tokens, V)
+    if TEMPERATURE != 1:
+        logits = logits / TEMPERATURE
+    return TokenLogps.apply(logits, targets, with_entropy)
 
 
 def completion_logps(model, rollouts, rows, with_entropy=False):
@@ -386,7 +415,7 @@ def sample_tokens(logits, uniform):
 
     Returns tokens and their log-probs under the full distribution, both (rows,).
     """
-    probs = full = (logits.float() / TEMPERATURE).softmax(-1)  # (rows, V)
+    probs = full = (logits.float() / TEMPERATURE if TEMPERATURE != 1 else logits.float()).softmax(-1)  # (rows, V)
     if uniform is None:
         tokens = probs.argmax(-1)
     else:
@@ -412,6 +441,11 @@ def invert(weights, uniform):
     return index.squeeze(1), into.squeeze(1).clamp(0, 1 - 2**-53)
 
 
+def steps_between_looks(device):
+    """After how many tokens the sampler looks who has ended: on a GPU, which a look makes wait, not after each."""
+    return 16 if device.type == "cuda" else 1
+
+
 @torch.no_grad()
 def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
     """group_size completions of each row's prompt, all together: Rollouts.
@@ -429,6 +463,7 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
     uniform = None if uniform is None else uniform.to(device)
     prompt_ids, visible, next_position = prompt_ids.to(device), visible.to(device), lengths.to(device)
     eos_ids = torch.tensor(eos_ids, device=device)
+    look_every = steps_between_looks(device)
 
     completion_ids = torch.full((batch, steps), pad_id, device=device)
     logps = torch.zeros(batch, steps, device=device)
@@ -452,7 +487,7 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
             completion_ids[place, t] = tokens
             completion_lengths[place] += running
             running &= ~torch.isin(tokens, eos_ids)
-            left = int(running.sum())
+            left = int(running.sum()) if (t + 1) % look_every == 0 else len(running)
             if left == 0 or t == steps - 1:
                 break
             if left <= 0.75 * len(running):  # not at every end: copying the cache costs more than a few idle rows
@@ -589,8 +624,21 @@ class GRPOTrainer:
         return self.as_fits("log-probs", MICRO_BATCH_TOKENS, compute)
 
     def compute_old_logps(self, rollouts):
-        """log π_old, of the policy that sampled: (B, T). It is the policy as it stands, before the step's updates."""
+        """log π_old, of the policy that sampled: (B, T). It is the policy as it stands, before the step's updates.
+
+        In float32 these are the sampler's own. In bfloat16, where sampling and training differ by 1e-2, they are
+        computed again as the updates compute π, so that the ratio begins at 1.
+        """
+        if self.policy_device.type == "cpu" and POLICY_DTYPE == "float32":
+            return rollouts.sampled_logps
         return self.compute_log_probs(self.policy, rollouts)
+
+    @torch.no_grad()
+    def sampler_gap(self, rollouts):
+        """Mean |log-prob at sampling − log-prob in training| of the last group's tokens, nats, before any update."""
+        rows = torch.arange(len(rollouts.texts))[-GROUP_SIZE:]
+        logps, _ = completion_logps(self.policy, rollouts, rows)
+        return (rollouts.sampled_logps[rows] - logps.cpu())[rollouts.completion_mask[rows]].abs().mean().item()
 
     def score(self, rollouts):
         """Rewards (B,) and log-probs under the reference model (B, T), None without a KL term."""
@@ -681,6 +729,7 @@ class GRPOTrainer:
         else:
             mask = rollouts.completion_mask.to(self.policy_device)
             advantages = compute_token_advantages(rewards, mask, GROUP_SIZE)
+        gap = self.sampler_gap(rollouts)
         times.append(time.perf_counter())
         Run.interruptible = False  # from here to its end the step changes weights: a signal waits
         updates, in_loss = [], completions_in_loss(rollouts.truncated).nonzero().squeeze(1)
@@ -689,7 +738,7 @@ class GRPOTrainer:
             for rows in order.tensor_split(MINI_BATCHES):
                 if len(rows) > 0:
                     updates.append(self.update(rollouts, rows, old_logps, ref_logps, advantages))
-        metrics = {"step": step, "learning_rate": learning_rate, "kl_coef": self.kl_coef}
+        metrics = {"step": step, "learning_rate": learning_rate, "kl_coef": self.kl_coef, "sampler_gap": gap}
         metrics |= self.sampling_metrics(rollouts) | self.rewards.report()
         metrics |= step_metrics(rollouts, rewards, advantages, old_logps, updates, GROUP_SIZE)
         times.append(time.perf_counter())

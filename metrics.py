@@ -29,7 +29,6 @@ def step_metrics(rollouts, rewards, advantages, old_logps, updates, group_size):
         "relative_advantage": sequences.mean().item(),
         "dead_groups": (per_token == 0).all(1).view(-1, group_size).all(1).double().mean().item(),
         "entropy": -old_logps[mask].mean().item(),
-        "sampler_gap": (rollouts.sampled_logps.to(mask.device) - old_logps)[mask].abs().mean().item(),
     }
 
 

@@ -298,11 +298,15 @@ def test_plotting_what_cannot_be_read_fails_in_one_line(tmp_path, capsys, conten
 def test_on_another_device_rewards_and_reference_overlap_the_policys_own_pass(small, monkeypatch):
     """Each side waits for the other to have begun, which one after the other could not end."""
     small.SAMPLE_GROUPS = 0  # whose log-probs after the step are nobody's to wait for
+    compute_log_probs = small.GSPOTrainer.compute_log_probs  # as in bfloat16; float32 has no pass of its own
+    monkeypatch.setattr(
+        small.GSPOTrainer, "compute_old_logps", lambda self, rollouts: self.compute_log_probs(self.policy, rollouts)
+    )
     trainer = small.GSPOTrainer()
     assert trainer.worker is None  # one device: in turn
     expected = trainer.train_step(1)
     trainer = small.GSPOTrainer()
     trainer.worker = ThreadPoolExecutor(1)
-    both, compute_log_probs = threading.Barrier(2, timeout=30), trainer.compute_log_probs
-    monkeypatch.setattr(trainer, "compute_log_probs", lambda *a: (both.wait(), compute_log_probs(*a))[1])
+    both = threading.Barrier(2, timeout=30)
+    monkeypatch.setattr(trainer, "compute_log_probs", lambda *a: (both.wait(), compute_log_probs(trainer, *a))[1])
     assert timeless([trainer.train_step(1)]) == timeless([expected])

@@ -1,0 +1,109 @@
+"""What can be held of speed without a clock: how often a model is asked, for how many tokens, and who waits."""
+
+import pytest
+import torch
+from conftest import trainer_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gspo
+
+
+class Passes:
+    """Counts what goes through a model: (token places, with gradient) of each pass."""
+
+    def __init__(self, model):
+        self.seen = []
+        model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, _, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        self.seen.append((ids.numel(), torch.is_grad_enabled()))
+
+    def tokens(self, with_gradient):
+        return sum(places for places, grad in self.seen if grad == with_gradient)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that a GPU could not go past without telling Python a number or a shape."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_puts_each_token_through_each_model_once_and_no_padding(small_script):
+    script = small_script
+    script.SAMPLE_GROUPS, script.MICRO_BATCH_TOKENS, script.OVERLONG_FILTER = 0, 150, False
+    script.KL_COEF = 0.04
+    trainer = trainer_of(script)
+    policy, reference, sampled = Passes(trainer.policy), Passes(trainer.ref_model), []
+    generate = trainer.generate_responses_with_group_sampling
+
+    def keep(step):
+        sampled.append(generate(step))
+        policy.seen.clear()  # from here on it is the training
+        return sampled[-1]
+
+    trainer.generate_responses_with_group_sampling = keep
+    trainer.train_step(1)
+    lengths = sampled[0].lengths
+    assert reference.tokens(False) == int(lengths.sum()) and reference.tokens(True) == 0
+    assert policy.tokens(True) == int(lengths.sum())  # every completion once, for all mini-batches together
+    assert policy.tokens(False) == int(lengths[-script.GROUP_SIZE :].sum())  # the last group, to see the sampler's gap
+    least = -(-int(lengths.sum()) // 150)
+    assert least <= sum(grad for _, grad in policy.seen) <= least + script.MINI_BATCHES + 2
+
+
+def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_script):
+    script = small_script
+    script.KL_COEF, script.ADAPTIVE_KL, script.ENTROPY_COEF, script.MAX_GRAD_NORM = 0.0, False, 0.0, 1e9
+    trainer = trainer_of(script)
+    trainer.optimizer.step = lambda: None
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    rows, old_logps = torch.arange(len(rollouts.texts)), trainer.compute_old_logps(rollouts) + 0.05
+    advantages = torch.zeros(len(rows))
+    advantages[4:8] = torch.tensor([1.0, -1.0, 0.5, -0.5])  # one of four groups
+    passes = Passes(trainer.policy)
+    stats = trainer.update(rollouts, rows, old_logps, None, advantages)
+    assert passes.tokens(True) == int(rollouts.lengths[4:8].sum())
+    found = [parameter.grad.clone() for parameter in trainer.trained]
+    logps, _ = script.completion_logps(trainer.policy, rollouts, rows)  # all of them, dead or not
+    loss, _ = script.compute_policy_loss(logps, old_logps, advantages, rollouts.completion_mask)
+    torch.testing.assert_close(stats["policy_loss"], loss.detach(), rtol=1e-4, atol=1e-6)
+    for one, other in zip(found, torch.autograd.grad(loss, trainer.trained), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    assert trainer.update(rollouts, rows, old_logps, None, advantages * 0)["policy_loss"] == 0
+
+
+@pytest.mark.parametrize("every", [1, 16])
+def test_the_sampler_waits_only_when_it_looks_who_has_ended(small, monkeypatch, every):
+    trainer = small.GSPOTrainer()
+    rows, shape = trainer.train_rows[:4], (16, small.MAX_COMPLETION_TOKENS)
+    uniform = torch.rand(shape, dtype=torch.float64, generator=gspo.generator_of("test"))
+    sample = (trainer.policy, trainer.tokenizer, trainer.eos_ids, rows, 4, uniform)
+    expected = gspo.sample_completions(*sample)
+    passes = Passes(trainer.policy)
+    monkeypatch.setattr(gspo, "steps_between_looks", lambda device: every)
+    with Waits() as waits:
+        rollouts = gspo.sample_completions(*sample)
+    assert rollouts.texts == expected.texts and torch.equal(rollouts.completion_mask, expected.completion_mask)
+    tokens = len(passes.seen)
+    assert passes.seen[0][0] == 4 * max(len(row["prompt_ids"]) for row in rows)  # prompts once, not once per completion
+    before_and_after = 3 + 3 * len(rollouts.texts)  # widths, and lengths where completions are cut out
+    assert waits.count <= before_and_after + 2 * (tokens / every + 1)
+
+
+def test_the_gradient_of_the_log_probs_is_that_of_log_softmax():
+    torch.manual_seed(0)
+    targets, weights = torch.randint(0, 11, (7,)), torch.randn(2, 7).double()
+    logits = torch.randn(7, 11, dtype=torch.double, requires_grad=True)
+    for with_entropy in (True, False):
+        log_probs = logits.log_softmax(-1)
+        naive = log_probs.gather(1, targets[:, None]).squeeze(1), -(log_probs.exp() * log_probs).sum(-1) * with_entropy
+        found = gspo.TokenLogps.apply(logits, targets, with_entropy)
+        expected = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, naive, strict=True)), logits)
+        gradient = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, found, strict=True)), logits)
+        torch.testing.assert_close(found, naive)
+        torch.testing.assert_close(gradient, expected)
