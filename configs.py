@@ -254,7 +254,7 @@ def _without_constants(text):
 MAY_CHANGE = DEVICES + (
     *("MAX_STEPS", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "SAMPLE_GROUPS", "TENSORBOARD", "WANDB_PROJECT"),
     *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "LOGITS_AT_ONCE", "GRADIENT_CHECKPOINTING"),
-    "MERGE_LORA",
+    *("MERGE_LORA", "PROFILE"),
 )
 
 
@@ -326,6 +326,7 @@ RULES = {
     "EVAL_SAMPLES": (int, _positive, "at least 1 completion per held-out prompt"),
     "PASS_AT": (int, _positive, "at least 1"),
     "TENSORBOARD": (bool, (True, False), None),
+    "PROFILE": (bool, (True, False), None),
     "SELFTEST": (bool, (True, False), None),
     "WANDB_PROJECT": (str, lambda v: True, ""),
     "SAVE_EVERY": (int, _not_negative, "0 or more steps; 0 saves only at the end"),

@@ -130,6 +130,7 @@ SAMPLE_GROUPS = 2  # groups per step written to samples.jsonl and shown in sampl
 TENSORBOARD = True  # write event files into the run's folder, if the tensorboard package is there
 WANDB_PROJECT = ""  # project of Weights & Biases to log to; "" is none
 RESUME = ""  # folder of a run to continue from its newest checkpoint, or "latest"
+PROFILE = False  # write a trace of three steps, profile.json.gz, for a browser's trace viewer
 SELFTEST = False  # check models, data and rewards in a minute, print a table, and train nothing
 SEED = 0  # of everything random
 OUTPUT_DIR = "outputs"  # a run is OUTPUT_DIR/grpo-<time>/

@@ -60,7 +60,8 @@ class Run:
 
     def __init__(self, trainer, script):
         self.trainer, self.script, self.algorithm = trainer, script, Path(script["__file__"]).stem
-        self.tensorboard = self.wandb = self.signal = self.saving = None
+        self.tensorboard = self.wandb = self.signal = self.saving = self.profiler = None
+        self.steps_begun = 0
         self.writer = ThreadPoolExecutor(1)  # of checkpoints
         self.complaints, self.unwritten, self.bad_updates = set(), {}, 0
         self.history = trainer.metrics_history
@@ -193,8 +194,27 @@ class Run:
             print(f"The run is complete, its model is in {self.folder / 'final'}; --max-steps can make it longer")
         self.bar.update(self.done - self.bar.n)
         for step in range(self.done + 1, script["MAX_STEPS"] + 1):
+            self._profile(step)
             self.in_step = Run.interruptible = True
             yield step
+
+    def _profile(self, step):
+        """With PROFILE, traces the second to fourth step of this process, or as many as there are."""
+        self.steps_begun += 1
+        if not self.script["PROFILE"]:
+            return
+        if self.steps_begun == 2:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        elif self.steps_begun == 5:
+            self._end_profile()
+
+    def _end_profile(self):
+        if self.profiler:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.folder / "profile.json.gz"))
+            print(f"Profile: {self.folder / 'profile.json.gz'}, for chrome://tracing or ui.perfetto.dev")
+            self.profiler = None
 
     def end_of_step(self, step, metrics):
         """Evaluates, logs, saves and draws, as far as it is due. metrics: of the step, added to."""
@@ -231,6 +251,7 @@ class Run:
         if step > 0:
             self._show(metrics)
         if last:
+            self._end_profile()
             self._print_summary(texts)
         elif self.signal:
             self._leave()
@@ -383,6 +404,10 @@ class Run:
             print(f"Held-out accuracy, {how}: {self.before[name]:.3f} before, {self.after[name]:.3f} after")
         for row, old, new in zip(self.trainer.eval_rows, self.texts_before, texts_after, strict=False):
             print(f"  {row['prompt']!r} (answer {row['answer']})\n    before {old!r}\n    after  {new!r}")
+        names = ("seconds_rollout", "seconds_reward", "seconds_logps", "seconds_update")
+        spent = {name.removeprefix("seconds_"): sum(row.get(name, 0.0) for row in self.history) for name in names}
+        shares = ", ".join(f"{name} {seconds / sum(spent.values()):.0%}" for name, seconds in spent.items())
+        print(f"Time:    {sum(spent.values()):.0f} s in {len(self.history) - 1} steps: {shares}")
         print(f"Model:   {self.folder / 'final'}")
         print(f"Picture: {self.folder / 'metrics.png'}")
         print(f"Samples: {self.folder / 'samples.html'}")

@@ -1,0 +1,478 @@
+"""Whatever happens to a run, nothing finished is lost, and a resumed run is the run that it would have been."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import SCRIPTS, shrink, trainer_of
+from test_run import read_jsonl, timeless
+
+import checkpoints
+import configs
+import dapo
+import grpo
+import gspo
+
+FOUR_STEPS = {"MAX_STEPS": 4, "SAVE_EVERY": 2, "EVAL_EVERY": 3, "TENSORBOARD": False}
+
+
+class Crash(BaseException):
+    """What a kill leaves behind, without the kill."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A function: the metrics, samples and weights of an uninterrupted run of four steps."""
+    done = {}
+
+    def run(script, **constants):
+        key = (script.__name__, *constants)
+        if key not in done:
+            before = configs.constant_values(vars(script))
+            shrink(script, tmp_path_factory.mktemp("whole"))
+            vars(script).update(FOUR_STEPS | constants)
+            trainer = trainer_of(script)
+            trainer.train()
+            done[key] = what_it_left(trainer)
+            vars(script).update(before)
+        return done[key]
+
+    return run
+
+
+def what_it_left(trainer):
+    folder = trainer.run.folder
+    weights = {name: value.detach().clone() for name, value in trainer.policy.named_parameters()}
+    return timeless(read_jsonl(folder / "metrics.jsonl")), read_jsonl(folder / "samples.jsonl"), weights
+
+
+def assert_the_same(found, expected):
+    assert found[0] == expected[0]
+    assert found[1] == expected[1]
+    assert found[2].keys() == expected[2].keys()
+    assert all(torch.equal(found[2][name], expected[2][name]) for name in expected[2])
+
+
+def set_up(script, tmp_path, **constants):
+    shrink(script, tmp_path)
+    vars(script).update(FOUR_STEPS | constants)
+    return trainer_of(script)
+
+
+def resumed(script, folder):
+    script.RESUME = str(folder)
+    trainer = trainer_of(script)
+    trainer.train()
+    assert trainer.run.folder == folder
+    return what_it_left(trainer)
+
+
+def crashing(trainer, at):
+    """The trainer, dying in the updates of a step, with some of its weights moved already."""
+    train_step, update = trainer.train_step, trainer.update
+
+    def dying(step):
+        if step == at:
+            updates = []
+            trainer.update = lambda *a: updates.append(1) or update(*a) if not updates else (_ for _ in ()).throw(Crash)
+        return train_step(step)
+
+    trainer.train_step = dying
+    return trainer
+
+
+# ---- Resuming
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path, whole, script, at):
+    trainer = crashing(set_up(script, tmp_path), at)
+    with pytest.raises(Crash):
+        trainer.train()
+    assert_the_same(resumed(script, trainer.run.folder), whole(script))
+
+
+def test_with_lora_a_bfloat16_policy_and_a_schedule_too(tmp_path, whole):
+    constants = {"LORA_RANK": 2, "POLICY_DTYPE": "bfloat16", "LR_SCHEDULE": "cosine", "KL_COEF": 0.1}
+    expected = whole(grpo, **constants)
+    trainer = crashing(set_up(grpo, tmp_path, **constants), 4)
+    with pytest.raises(Crash):
+        trainer.train()
+    assert_the_same(resumed(grpo, trainer.run.folder), expected)
+
+
+def test_dapo_carries_surplus_groups_and_rounds_over_the_checkpoint(tmp_path):
+    trainer = set_up(dapo, tmp_path, MAX_STEPS=2)
+    trainer.train()
+    state = trainer.state()
+    again = trainer_of(dapo)
+    again.load_state(checkpoints.copy_to_cpu(state))
+    assert again.rounds == trainer.rounds > 0 and len(again.surplus) == len(trainer.surplus)
+    again.policy.load_state_dict(trainer.policy.state_dict())
+    one, other = (t.generate_responses_with_group_sampling(3) for t in (trainer, again))
+    assert one.texts == other.texts and torch.equal(one.sampled_logps, other.sampled_logps)
+    assert [row["prompt"] for row in one.prompts] == [row["prompt"] for row in other.prompts]
+
+
+def test_a_longer_run_goes_on_where_the_shorter_ended(tmp_path, whole):
+    trainer = set_up(gspo, tmp_path, MAX_STEPS=3, SAVE_EVERY=1, LR_SCHEDULE="constant")
+    trainer.train()
+    gspo.MAX_STEPS = 4
+    found = resumed(gspo, trainer.run.folder)
+    assert [row["step"] for row in found[0]] == [0, 1, 2, 3, 4]
+    saved = checkpoints.load_file if False else None  # noqa: F841
+    assert not (trainer.run.folder / "final.old").exists()
+
+
+def test_resuming_a_complete_run_says_so_and_changes_nothing(tmp_path, capsys):
+    trainer = set_up(gspo, tmp_path)
+    trainer.train()
+    before = what_it_left(trainer)
+    assert_the_same(resumed(gspo, trainer.run.folder), before)
+    assert "The run is complete" in capsys.readouterr().out
+
+
+def resume(capsys, script, *argv):
+    """Exit code and stderr's last line of `python script --resume ...`, in this process."""
+    with pytest.raises(SystemExit) as exit_:
+        script.main([str(word) for word in argv])
+    return exit_.value.code, capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_constants_come_from_the_run_and_others_are_named(tmp_path, capsys):
+    trainer = set_up(gspo, tmp_path, MAX_STEPS=2, SAVE_EVERY=1, LEARNING_RATE=2e-3)
+    trainer.train()
+    folder = trainer.run.folder
+    gspo.LEARNING_RATE = 1e-3  # as shipped: the run's own 2e-3 is what counts
+    gspo.main(["--resume", str(folder), "--max-steps", "3", "--eval-every", "1"])
+    assert gspo.LEARNING_RATE == 2e-3 and len(read_jsonl(folder / "metrics.jsonl")) == 4
+    code, line = resume(capsys, gspo, "--resume", folder, "--group-size", 16, "--seed", 3)
+    assert code == 2 and "GROUP_SIZE = 4, not 16" in line and "SEED = 0, not 3" in line
+    copy = (folder / "gspo.py").read_text()
+    (folder / "gspo.py").write_text(copy.replace("CLIP_LOW = 0.03 ", "CLIP_LOW = 0.05 "))  # as if edited since
+    config = json.loads((folder / "config.json").read_text())
+    config["constants"]["CLIP_LOW"] = 0.05
+    (folder / "config.json").write_text(json.dumps(config))
+    gspo.CLIP_LOW = 0.03
+    code, line = resume(capsys, gspo, "--resume", folder)
+    assert code == 2 and "CLIP_LOW = 0.05, not 0.03" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nowhere", "no such folder"), ("latest", "holds no run of gspo.py"), ("empty", "cannot read a run")],
+)
+def test_what_cannot_be_resumed(tmp_path, capsys, name, words):
+    (tmp_path / "empty").mkdir()
+    name = tmp_path / name if name != "latest" else name
+    code, line = resume(capsys, gspo, "--resume", name, "--output-dir", tmp_path / "outputs")
+    assert code == 2 and words in line and "Traceback" not in line
+
+
+# ---- Checkpoints
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "removed"])
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt", "metrics.jsonl", "config.json", "checkpoint.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run_of_four, file, how, capsys):
+    path = run_of_four / "checkpoints/step-4" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if how == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(content if how == "flipped" else content[: len(content) // 2])
+    if file == "checkpoint.json" and how == "flipped" and checkpoints.newest(run_of_four).name == "step-4":
+        return  # a bit of its spaces
+    assert checkpoints.newest(run_of_four).name == "step-2"
+    out = capsys.readouterr().out
+    assert "step-4 is damaged" in out and "the one before it is used" in out
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    before = configs.constant_values(vars(gspo))
+    trainer = set_up(gspo, tmp_path_factory.mktemp("four"))
+    trainer.train()
+    vars(gspo).update(before)
+    return trainer.run.folder
+
+
+@pytest.fixture
+def run_of_four(four, tmp_path):
+    shutil.copytree(four, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_half_a_checkpoint_is_no_checkpoint(run_of_four):
+    shutil.copytree(run_of_four / "checkpoints/step-4", run_of_four / "checkpoints/step-6.part")
+    shutil.copytree(run_of_four / "checkpoints/step-4", run_of_four / "checkpoints/step-8")
+    (run_of_four / "checkpoints/step-8/checkpoint.json").unlink()
+    assert checkpoints.newest(run_of_four).name == "step-4"
+
+
+def test_weights_that_do_not_fit_are_an_error_and_no_random_tensor(run_of_four, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    trainer = set_up(gspo, tmp_path)
+    path = run_of_four / "checkpoints/step-4"
+    weights = load_file(path / "model.safetensors")
+    for change in (
+        lambda w: {name: value for name, value in w.items() if "q_proj" not in name},
+        lambda w: w | {"model.more": torch.zeros(2)},
+        lambda w: w | {"model.norm.weight": torch.zeros(7)},
+    ):
+        save_file(change(dict(weights)), path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(configs.InputError, match="do not fit|cannot be loaded"):
+            checkpoints.load(path, trainer.policy, None)
+
+
+def test_nothing_in_a_checkpoint_is_executed(run_of_four, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    path = run_of_four / "checkpoints/step-4"
+    torch.save({"trainer": Evil()}, path / "state.pt")
+    with pytest.raises(configs.InputError, match="cannot be continued from"):
+        checkpoints.load(path, set_up(gspo, tmp_path).policy, None)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_last_ones_and_the_best_stay(tmp_path, monkeypatch):
+    trainer = set_up(gspo, tmp_path, MAX_STEPS=5, SAVE_EVERY=1, EVAL_EVERY=1, KEEP_CHECKPOINTS=2)
+    accuracies = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5])
+    import runs
+
+    evaluation = {"eval_accuracy_greedy": 0.0}
+    monkeypatch.setattr(runs, "evaluate", lambda *_: ({"eval_accuracy": next(accuracies)} | evaluation, []))
+    trainer.train()
+    left = sorted(path.name for path in (trainer.run.folder / "checkpoints").iterdir())
+    assert left == ["step-2", "step-4", "step-5"]
+
+
+# ---- Signals
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    ("moment", "number", "code", "saved"),
+    [("sample", signal.SIGINT, 130, 1), ("update", signal.SIGTERM, 143, 2), ("evaluate", signal.SIGINT, 130, 3)],
+)
+def test_a_signal_ends_the_run_with_a_checkpoint(
+    tmp_path, whole, monkeypatch, capsys, script, moment, number, code, saved
+):
+    trainer, steps = set_up(script, tmp_path), []
+    train_step = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", lambda step: steps.append(step) or train_step(step))
+    owner = __import__("runs") if moment == "evaluate" else trainer
+    original = getattr(owner, moment)
+
+    def interrupted(*arguments, **options):
+        if steps and steps[-1] == (3 if moment == "evaluate" else 2) and not trainer.run.signal:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, moment, interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        trainer.train()
+    monkeypatch.undo()
+    out = capsys.readouterr().out
+    assert exit_.value.code == code and f"--resume {trainer.run.folder}" in out and number.name in out
+    assert (trainer.run.folder / f"checkpoints/step-{saved}/checkpoint.json").is_file()
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert_the_same(resumed(script, trainer.run.folder), whole(script))
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    code = (
+        "import gspo, os, signal, time\n"
+        f"vars(gspo).update(MAX_STEPS=3, BATCH_SIZE=2, EVAL_SIZE=2, OUTPUT_DIR={str(tmp_path)!r}, TENSORBOARD=False)\n"
+        "trainer = gspo.GSPOTrainer()\n"
+        "def hang(*a):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print('waits', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)\n"
+        "trainer.update = hang\n"
+        "trainer.train()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=configs.HERE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGTERM and "waits" in done.stdout
+
+
+# ---- Faults
+
+
+def test_two_processes_cannot_write_one_run(tmp_path):
+    trainer = set_up(gspo, tmp_path, MAX_STEPS=1)
+    generate = trainer.generate_responses_with_group_sampling
+
+    def meanwhile(step):
+        gspo.RESUME = str(trainer.run.folder)
+        with pytest.raises(configs.InputError, match="another process is writing this run"):
+            trainer_of(gspo).train()
+        gspo.RESUME = ""
+        return generate(step)
+
+    trainer.generate_responses_with_group_sampling = meanwhile
+    trainer.train()
+    assert len(resumed(gspo, trainer.run.folder)[0]) == 2  # and afterwards the lock is free
+
+
+@pytest.mark.parametrize("tail", ['{"step": 5, "policy_lo', "\0\0\0\0", "{}\n[]\n"])
+def test_a_broken_end_of_a_log_is_cut_off(tmp_path, whole, tail):
+    trainer = crashing(set_up(gspo, tmp_path), 4)
+    with pytest.raises(Crash):
+        trainer.train()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(trainer.run.folder / name, "a") as file:
+            file.write(tail)
+    assert_the_same(resumed(gspo, trainer.run.folder), whole(gspo))
+
+
+def test_a_full_disk_stops_no_training_and_says_what_was_not_written(tmp_path):
+    command = [
+        sys.executable,
+        str(configs.HERE / "gspo.py"),
+        "--preset",
+        "smoke",
+        "--save-every",
+        "1",
+        "--no-tensorboard",
+    ]
+    command += ["--output-dir", str(tmp_path / "outputs")]
+    limited = ["bash", "-c", 'ulimit -f 600; exec "$@"', "bash", *command]  # no file above 600 KB; the model has 1.2 MB
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "a checkpoint could not be written" in done.stdout and "training goes on" in done.stdout
+    assert "final could not be written" in done.stderr.splitlines()[-1]
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert len(read_jsonl(folder / "metrics.jsonl")) == 3 and not list(folder.rglob("*.part"))
+    done = subprocess.run([*command, "--resume", "latest"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and (folder / "final/model.safetensors").is_file()
+
+
+def test_lines_that_could_not_be_written_follow_later(tmp_path, monkeypatch, capsys):
+    trainer, real = set_up(gspo, tmp_path), os.truncate
+    folder = []
+
+    def train_step(step, original=trainer.train_step):
+        folder.append(trainer.run.folder)
+        path = trainer.run.folder / "metrics.jsonl"
+        if step == 2:
+            path.rename(path.with_suffix(".away"))
+            path.mkdir()  # cannot be opened for writing
+        if step == 3:
+            path.rmdir()
+            path.with_suffix(".away").rename(path)
+        return original(step)
+
+    trainer.train_step = train_step
+    history = trainer.train()
+    assert os.truncate is real and read_jsonl(folder[0] / "metrics.jsonl") == history
+    assert "its lines follow later" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_an_update_that_is_not_finite_moves_nothing_and_is_counted(tmp_path, monkeypatch, script):
+    trainer, calls = set_up(script, tmp_path, MAX_STEPS=2), []
+    compute_policy_loss = script.compute_policy_loss
+
+    def sometimes_nan(*arguments):
+        loss, stats = compute_policy_loss(*arguments)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 1 else loss), stats
+
+    monkeypatch.setattr(script, "compute_policy_loss", sometimes_nan)
+    before = {name: value.detach().clone() for name, value in trainer.policy.named_parameters()}
+    moved, step = [], trainer.optimizer.step
+    trainer.optimizer.step = lambda: (moved.append(1), step())
+    history = trainer.train()
+    assert history[1]["skipped_updates"] == 1 and history[2]["skipped_updates"] == 0
+    assert len(moved) == history[1]["updates"] + history[2]["updates"] - 1
+    assert all(value.isfinite().all() for value in trainer.policy.parameters()) and before
+    skipped = read_jsonl(trainer.run.folder / "skipped.jsonl")
+    assert len(skipped) == 16 and {"prompt", "completion", "reward", "advantage"} <= set(skipped[0])
+
+
+def test_a_run_whose_updates_are_never_finite_stops_with_its_batch(tmp_path, monkeypatch, capsys):
+    shrink(gspo, tmp_path)
+    monkeypatch.setattr(gspo, "bounded_exp", lambda x: x * float("nan"))
+    vars(gspo).update(MAX_STEPS=30)
+    code, line = resume(capsys, gspo)
+    assert code == 2 and "8 updates in steps that follow one another had no finite" in line and "skipped.jsonl" in line
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert len(read_jsonl(folder / "metrics.jsonl")) == 5 and (folder / "checkpoints/step-4").is_dir()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_where_memory_runs_out_less_goes_through_at_once_with_the_same_result(tmp_path, monkeypatch, script):
+    results = []
+    for most in (10**9, 200):
+        trainer = set_up(script, tmp_path, MICRO_BATCH_TOKENS=2000, SAMPLE_GROUPS=0, TENSORBOARD=False)
+        completion_logps, sample_completions = script.completion_logps, script.sample_completions
+
+        def in_memory(model, rollouts, rows, *a, most=most, completion_logps=completion_logps, **k):
+            if len(rows) > 1 and int(rollouts.lengths[rows].sum()) > most:
+                raise torch.OutOfMemoryError("no room")
+            return completion_logps(model, rollouts, rows, *a, **k)
+
+        def in_memory_too(*a, most=most, sample_completions=sample_completions):
+            if len(a[3]) * a[4] > most / 25:
+                raise torch.OutOfMemoryError("no room")
+            return sample_completions(*a)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "completion_logps", in_memory)
+            patch.setattr(script, "sample_completions", in_memory_too)
+            results.append(trainer.train_step(1))
+    plenty, little = results
+    assert plenty["memory_halvings"] == 0 and little["memory_halvings"] >= 3
+    for name in ("reward", "completion_tokens", "policy_loss", "grad_norm", "avg_response_length", "clip_fraction"):
+        assert little[name] == pytest.approx(plenty[name], rel=1e-3, abs=1e-6), name
+
+
+def test_where_not_even_one_fits_it_is_one_line(tmp_path, monkeypatch, capsys):
+    shrink(gspo, tmp_path)
+
+    def never(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(gspo, "sample_completions", never)
+    code, line = resume(capsys, gspo)
+    assert code == 2 and "out of memory in sampling with one completion at a time" in line and "--lora-rank" in line
+
+
+def test_a_clock_that_jumps_disturbs_nothing(tmp_path, whole, monkeypatch):
+    trainer, jumps = set_up(gspo, tmp_path), random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: jumps.uniform(0, 2e9))
+    trainer.train()
+    monkeypatch.undo()
+    assert_the_same(what_it_left(trainer), whole(gspo))
+    assert all(value >= 0 for row in trainer.metrics_history for key, value in row.items() if key[:8] == "seconds_")
+
+
+def test_a_run_of_local_files_asks_no_network(tmp_path, monkeypatch):
+    import socket
+
+    def refuse(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    set_up(gspo, tmp_path, MAX_STEPS=1).train()
+
+
+def test_killed_at_random_moments_a_run_still_ends_as_it_would_have(tmp_path):
+    sys.path.insert(0, str(configs.HERE / "benchmarks"))
+    import crash
+
+    rows = crash.measure("gspo", kills=2, folder=tmp_path, seed=1)
+    assert rows["kills"] == 2 and rows["identical"]
