@@ -1,0 +1,319 @@
+"""grpo.py beside TRL's GRPOTrainer: speed, memory and learning on equal work, the two taking turns in one run.
+
+    python benchmarks/against_trl.py embedded                the shipped task, rewarded by its rule exact_match
+    python benchmarks/against_trl.py longtail                15 M parameters, vocabulary of 32,768, few long completions
+    python benchmarks/against_trl.py qwen3                   on a GPU: Qwen3-0.6B's shape, full vocabulary, bfloat16
+    python benchmarks/against_trl.py embedded --rounds 1 --steps 5 --flags "--group-size 16"
+
+Equal are: initial weights, prompts and their order, group size, sampling (the whole distribution), number of
+completions and of optimizer steps, rewards, loss, clip, k3 to a reference model, learning rate at each step, AdamW,
+norm clipping, and precision. Each round has its own seed; each system runs in a process of its own, which does not
+count its first step.
+
+Where a choice is free it is the best one for TRL: a mini-batch is one micro-batch, no checkpointing but where grpo.py
+does it too, its default fused AdamW, the reward rule called in its own process (grpo.py runs it in others, whose memory
+is not counted), no logging, saving, or loader workers. grpo.py runs with its constants as shipped. vLLM is not used.
+
+TRL's rollout is its `_generate`; scoring is the rest of `_generate_and_score_completions`: rewards, log-probs under the
+reference and under the policy that sampled; the update is all that is left of the step. Peak memory is the kernel's
+VmHWM of the process, libraries included (ru_maxrss would inherit the parent's); on a GPU, what torch had allocated.
+Held-out accuracy is grpo.py's evaluate() for both. workloads.py says how operations are counted; utilisation is against
+the best float32 (GPU: bfloat16) matrix product measured between the children. Needs requirements-bench.txt.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from workloads import ROOT, WORKLOADS, flops, grpo, peak_flops, prepare, set_constants, synchronize
+
+NAMES = {"ours": "grpo.py", "trl": "TRL's GRPOTrainer"}
+PHASES = ("rollout", "scoring", "update")
+
+
+class Padding:
+    """Counts the token places that go through the layers with gradients on, which is in the update alone."""
+
+    def __init__(self, model):
+        self.places = 0
+        model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module, args, kwargs):
+        if torch.is_grad_enabled():
+            self.places += (args[0] if args else kwargs["input_ids"]).numel()
+
+
+def start_memory():
+    """Memory before the first step, of peak_memory()'s kind."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return peak_memory()
+
+
+def peak_memory():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def accuracy(trainer, workload):
+    if workload != "embedded":
+        return {}
+    found = trainer.evaluate()[0]
+    return {"sampled": found["eval_accuracy"], "greedy": found["eval_accuracy_greedy"]}
+
+
+def run_ours(workload, steps):
+    trainer = grpo.GRPOTrainer()
+    padding, sampled, rows = Padding(trainer.policy), [], []
+    generate = trainer.generate_responses_with_group_sampling
+
+    def keep(step):
+        sampled.append(generate(step))
+        return sampled[-1]
+
+    trainer.generate_responses_with_group_sampling = keep
+    before = start_memory()
+    for step in range(1, steps + 1):
+        padding.places = 0
+        start = time.perf_counter()
+        metrics = trainer.train_step(step)
+        synchronize()
+        seconds, rollouts = time.perf_counter() - start, sampled.pop()
+        rows.append(
+            {
+                "seconds": seconds,
+                "rollout": metrics["seconds_rollout"],
+                "scoring": metrics["seconds_reward"] + metrics["seconds_logps"],
+                "update": metrics["seconds_update"],
+                "reward": metrics["reward"],
+                "pairs": torch.stack([rollouts.prompt_lengths, rollouts.completion_lengths], 1).tolist(),
+                "places": padding.places,
+            }
+        )
+    return trainer.policy, rows, (before, peak_memory()), accuracy(trainer, workload)
+
+
+def run_trl(workload, steps, prompts, folder):
+    import datasets
+    import trl
+
+    rule, rows, gpu = getattr(sys.modules["rewards"], grpo.REWARDS), [], torch.cuda.is_available()
+
+    class Timed(trl.GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            synchronize()
+            rows.append({"start": time.perf_counter(), "places": padding.places})
+            outputs = super()._generate_and_score_completions(inputs)
+            synchronize()
+            rows[-1]["scoring"] = time.perf_counter() - rows[-1]["start"] - rows[-1]["rollout"]
+            return outputs
+
+        def _generate(self, prompts):
+            start = time.perf_counter()
+            outputs = super()._generate(prompts)
+            synchronize()
+            rows[-1]["rollout"] = time.perf_counter() - start
+            rows[-1]["pairs"] = [(len(p), len(c)) for p, c in zip(outputs[0], outputs[1], strict=True)]
+            return outputs
+
+        def create_scheduler(self, num_training_steps, optimizer=None):  # grpo.py's rate, constant within a step
+            def factor(update):
+                step = min(update // grpo.MINI_BATCHES + 1, steps)
+                return grpo.learning_rate_at(step) / grpo.LEARNING_RATE
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            return self.lr_scheduler
+
+    def reward(prompts, completions, answer, **_):
+        rewards = [rule(p, c, {"answer": a}) for p, c, a in zip(prompts, completions, answer, strict=True)]
+        rows[-1]["reward"] = statistics.mean(rewards)
+        return rewards
+
+    arguments = trl.GRPOConfig(
+        output_dir=str(Path(folder) / "trl"),
+        seed=grpo.SEED,
+        max_steps=steps * grpo.MINI_BATCHES,
+        per_device_train_batch_size=grpo.BATCH_SIZE * grpo.GROUP_SIZE // grpo.MINI_BATCHES,
+        steps_per_generation=grpo.MINI_BATCHES,
+        gradient_accumulation_steps=1,
+        num_iterations=1,
+        num_generations=grpo.GROUP_SIZE,
+        max_completion_length=grpo.MAX_COMPLETION_TOKENS,
+        temperature=grpo.TEMPERATURE,
+        top_p=1.0,
+        top_k=0,
+        loss_type="grpo",
+        epsilon=grpo.CLIP_LOW,
+        epsilon_high=grpo.CLIP_HIGH,
+        beta=grpo.KL_COEF,
+        use_bias_correction_kl=False,
+        scale_rewards="group",
+        mask_truncated_completions=False,
+        shuffle_dataset=False,
+        learning_rate=grpo.LEARNING_RATE,
+        weight_decay=grpo.WEIGHT_DECAY,
+        max_grad_norm=grpo.MAX_GRAD_NORM,
+        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
+        bf16=gpu,
+        use_cpu=not gpu,
+        gradient_checkpointing=grpo.GRADIENT_CHECKPOINTING,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=gpu,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    name = grpo.POLICY_MODEL if Path(grpo.POLICY_MODEL).is_absolute() else str(ROOT / grpo.POLICY_MODEL)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    trainer = Timed(
+        model=name,
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(prompts),
+        processing_class=tokenizer,
+    )
+    padding = Padding(trainer.model)
+    before = start_memory()
+    trainer.train()
+    synchronize()
+    rows.append({"start": time.perf_counter(), "places": padding.places})
+    peak = peak_memory()
+    for row, after in zip(rows, rows[1:], strict=False):
+        row["seconds"], row["places"] = after["start"] - row["start"], after["places"] - row["places"]
+        row["update"] = row["seconds"] - row["rollout"] - row["scoring"]
+    rows.pop()
+    assert len(rows) == steps and all(
+        [p for p, _ in row["pairs"]] == [one["tokens"] for one in of_step for _ in range(grpo.GROUP_SIZE)]
+        for row, of_step in zip(rows, batches(prompts), strict=True)
+    ), "TRL was given other prompts"
+    found = {}
+    if workload == "embedded":
+        judge = grpo.GRPOTrainer()
+        judge.policy.load_state_dict(trainer.model.state_dict())
+        found = accuracy(judge, workload)
+    return trainer.model, rows, (before, peak), found
+
+
+def batches(prompts):
+    return [prompts[i : i + grpo.BATCH_SIZE] for i in range(0, len(prompts), grpo.BATCH_SIZE)]
+
+
+def child(system, workload, folder, steps):
+    """One system, some steps; prints what it measured."""
+    if system == "trl":
+        prompts = json.loads((Path(folder) / "steps.json").read_text())
+        model, rows, memory, found = run_trl(workload, steps, prompts, folder)
+    else:
+        model, rows, memory, found = run_ours(workload, steps)
+    rewards, counted = [row["reward"] for row in rows], rows[1:]
+    total = {name: sum(row[name] for row in counted) for name in ("seconds", "places", *PHASES)}
+    lengths = [t for row in counted for _, t in row["pairs"]]
+    done = [flops(model, row["pairs"], grpo.GROUP_SIZE) for row in counted]
+    rates = {name: sum(one[name] for one in done) / total["seconds" if name == "step" else name] for name in done[0]}
+    part = max(1, steps // 10)  # of the steps, for each point of the learning curve
+    middle = (steps - part) // 2
+    curve = (rewards[:part], rewards[middle : middle + part], rewards[-part:])
+    result = {name: statistics.median(row[name] for row in counted) for name in ("seconds", *PHASES)}
+    result |= {"tokens_per_second": sum(lengths) / total["seconds"], "curve": [statistics.mean(one) for one in curve]}
+    result |= {"length": statistics.mean(lengths) / grpo.MAX_COMPLETION_TOKENS, "accuracy": found, "flops": rates}
+    result |= {"padding": 1 - sum(p + t for row in counted for p, t in row["pairs"]) / total["places"]}
+    print(json.dumps(result | {"start_memory": memory[0], "peak_memory": memory[1]}))
+
+
+def spread(values, digits=2):
+    """The median, and the range where there is one."""
+    text = f"{statistics.median(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def print_tables(results, peak, workload):
+    columns = ("seconds", *PHASES, "tokens_per_second")
+    print("\n| system | s/step | rollout s | scoring s | update s | completion tokens/s | peak GB | at the start |")
+    print("|---|---|---|---|---|---|---|---|")
+    for system, rounds in results.items():
+        cells = [f"{statistics.median(one[name] for one in rounds):.3f}" for name in columns[:-1]]
+        cells += [f"{statistics.median(one['tokens_per_second'] for one in rounds):.0f}"]
+        cells += [
+            f"{statistics.median(one[name] for one in rounds) / 1e9:.2f}" for name in ("peak_memory", "start_memory")
+        ]
+        print(f"| {NAMES[system]} | " + " | ".join(cells) + " |")
+    pairs = list(zip(results["ours"], results["trl"], strict=True))
+    print(f"\nTRL over grpo.py, median and range of {len(pairs)} rounds:")
+    for name in columns[:-1]:
+        print(f"  {name:17} {spread([trl[name] / ours[name] for ours, trl in pairs])}")
+    print(f"  memory            {spread([trl['peak_memory'] / ours['peak_memory'] for ours, trl in pairs])}")
+    speeds = [ours["tokens_per_second"] / trl["tokens_per_second"] for ours, trl in pairs]
+    print(f"grpo.py over TRL, completion tokens per second: {spread(speeds)}")
+
+    print("\n| system | reward, first steps | middle | last | held-out sampled | greedy | mean length / maximum |")
+    print("|---|---|---|---|---|---|---|")
+    for system, rounds in results.items():
+        cells = [spread([one["curve"][i] for one in rounds], 3) for i in range(3)]
+        for how in ("sampled", "greedy"):
+            cells += [spread([one["accuracy"][how] for one in rounds], 3) if workload == "embedded" else "none"]
+        print(f"| {NAMES[system]} | " + " | ".join(cells) + f" | {spread([one['length'] for one in rounds])} |")
+
+    print(f"\nPeak of the machine's matrix products: {peak / 1e9:.0f} · 10⁹ operations per second\n")
+    print("| system | padding in the update | utilisation: rollout | update | whole step |\n|---|---|---|---|---|")
+    for system, rounds in results.items():
+        cells = [f"{statistics.median(one['flops'][name] for one in rounds) / peak:.2%}" for name in rounds[0]["flops"]]
+        print(
+            f"| {NAMES[system]} | {statistics.median(one['padding'] for one in rounds):.1%} | "
+            + " | ".join(cells)
+            + " |"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="training steps of a child, the first of which is not counted")
+    parser.add_argument("--flags", default="", help="constants of grpo.py, in one string; TRL gets those it shares")
+    parser.add_argument("--child", nargs=3, metavar=("SYSTEM", "FOLDER", "SEED"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    workload, steps = arguments.workload, arguments.steps or WORKLOADS[arguments.workload]["steps"]
+    if workload == "qwen3" and not torch.cuda.is_available():
+        sys.exit("qwen3 needs a GPU, and there is none; embedded and longtail run on the CPU")
+    if steps < 2:
+        parser.error("--steps: give at least two, the first is not counted")
+    if arguments.child:
+        system, folder, seed = arguments.child
+        set_constants(workload, folder, steps, int(seed), shlex.split(arguments.flags))
+        return child(system, workload, folder, steps)
+    results, peak, device = {name: [] for name in NAMES}, 0.0, "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(workload, folder)
+        for seed in range(arguments.rounds):
+            set_constants(workload, folder, steps, seed, shlex.split(arguments.flags))
+            train_rows = grpo.GRPOTrainer().train_rows
+            rows = [row for step in range(1, steps + 1) for row in grpo.prompts_of_step(train_rows, step)]
+            prompts = [
+                {"prompt": r["prompt_text"], "answer": r["answer"], "tokens": len(r["prompt_ids"])} for r in rows
+            ]
+            (Path(folder) / "steps.json").write_text(json.dumps(prompts))
+            for system in NAMES if seed % 2 == 0 else reversed(NAMES):
+                command = [sys.executable, __file__, workload, "--steps", str(steps), f"--flags={arguments.flags}"]
+                command += ["--child", system, folder, str(seed)]
+                done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                results[system].append(json.loads(done.stdout.splitlines()[-1]))
+                peak = max(peak, peak_flops(device))
+                print(f"seed {seed}, {NAMES[system]}: {results[system][-1]['seconds']:.3f} s per step", flush=True)
+    print_tables(results, peak, workload)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Rollouts alone, in one process, in turn: grpo.py's sampler, generate() on the same batch, and generate() one by one.
+
+    python benchmarks/rollouts.py                          embedded and longtail
+    python benchmarks/rollouts.py longtail --rounds 3
+
+The same policy, prompts and group size, the whole distribution, with a key/value cache. The batch of generate() holds
+each prompt GROUP_SIZE times, padded on the left, as TRL's trainer calls it. One by one takes ONE_BY_ONE completions of
+each round's prompts, one of each first, and is compared by completion tokens per second. The first round warms up.
+"""
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+
+import torch
+from workloads import WORKLOADS, flops, grpo, peak_flops, prepare, set_constants, synchronize
+
+ONE_BY_ONE = 8
+
+
+def ours(trainer, rows, step):
+    rollouts = grpo.sample_completions(
+        trainer.policy, trainer.tokenizer, trainer.eos_ids, rows, grpo.GROUP_SIZE, ("rollout", step)
+    )
+    return list(zip(rollouts.prompt_lengths.tolist(), rollouts.completion_lengths.tolist(), strict=True))
+
+
+@torch.no_grad()
+def generate(trainer, rows, step):
+    """One call of generate() for rows, one completion each: (P, T) of each."""
+    torch.manual_seed(step)
+    ids = [row["prompt_ids"] for row in rows]
+    batch = trainer.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(
+        trainer.policy.device
+    )
+    with grpo.autocast(trainer.policy.device):
+        output = trainer.policy.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=grpo.MAX_COMPLETION_TOKENS,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=grpo.TEMPERATURE,
+            eos_token_id=trainer.eos_ids,
+            pad_token_id=trainer.tokenizer.pad_token_id,
+        )
+    completions = output[:, batch["input_ids"].shape[1] :].cpu()
+    ends = torch.isin(completions, torch.tensor(trainer.eos_ids))
+    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, completions.shape[1]).tolist()
+    return [(len(prompt), length) for prompt, length in zip(ids, lengths, strict=True)]
+
+
+def in_a_batch(trainer, rows, step):
+    return generate(trainer, [row for row in rows for _ in range(grpo.GROUP_SIZE)], step)
+
+
+def one_by_one(trainer, rows, step):
+    chosen = itertools.islice(itertools.cycle(rows), ONE_BY_ONE)
+    return [generate(trainer, [row], 1000 * step + i)[0] for i, row in enumerate(chosen)]
+
+
+WAYS = {"grpo.py": ours, "generate(), in a batch": in_a_batch, "generate(), one by one": one_by_one}
+
+
+def measure(workload, rounds):
+    """Seconds and (P, T) pairs per way and round, and the policy that sampled."""
+    found = {name: [] for name in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(workload, folder)
+        set_constants(workload, folder, rounds + 1)
+        trainer = grpo.GRPOTrainer()
+        for step in range(rounds + 1):
+            rows = grpo.prompts_of_step(trainer.train_rows, step + 1)
+            for name, way in WAYS.items():
+                synchronize()
+                start = time.perf_counter()
+                pairs = way(trainer, rows, step)
+                synchronize()
+                if step:
+                    found[name].append((time.perf_counter() - start, pairs))
+    return found, trainer
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    choices = [name for name in WORKLOADS if name != "qwen3" or torch.cuda.is_available()]
+    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"some of {', '.join(choices)}")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    if wrong := set(arguments.workloads) - set(choices):
+        parser.error(f"no such workload here: {', '.join(wrong)}; there are {', '.join(choices)}")
+    for workload in arguments.workloads or ["embedded", "longtail"]:
+        found, trainer = measure(workload, arguments.rounds)
+        peak, speeds = peak_flops(trainer.policy.device.type), {}
+        print(f"\n{workload}, {arguments.rounds} rounds of {grpo.BATCH_SIZE} x {grpo.GROUP_SIZE} completions\n")
+        print("| way | s/round | completion tokens/s | mean length / maximum | utilisation |\n|---|---|---|---|---|")
+        for name, rounds in found.items():
+            seconds, lengths = [s for s, _ in rounds], [[t for _, t in pairs] for _, pairs in rounds]
+            speeds[name] = [sum(one) / s for one, s in zip(lengths, seconds, strict=True)]
+            group = 1 if name == "generate(), one by one" else grpo.GROUP_SIZE
+            done = sum(flops(trainer.policy, pairs, group)["rollout"] for _, pairs in rounds)
+            share = statistics.mean(sum(lengths, [])) / grpo.MAX_COMPLETION_TOKENS
+            print(
+                f"| {name} | {statistics.median(seconds):.3f} | {statistics.median(speeds[name]):.0f} "
+                f"| {share:.2f} | {done / sum(seconds) / peak:.2%} |"
+            )
+        for name in list(WAYS)[1:]:
+            ratios = [fast / slow for fast, slow in zip(speeds["grpo.py"], speeds[name], strict=True)]
+            text = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            print(f"\ngrpo.py over {name}, tokens per second, median and range: {text}", end="")
+        print()
+
+
+if __name__ == "__main__":
+    main()
