@@ -4,21 +4,25 @@
     python benchmarks/against_trl.py longtail                15 M parameters, vocabulary of 32,768, few long completions
     python benchmarks/against_trl.py qwen3                   on a GPU: Qwen3-0.6B's shape, full vocabulary, bfloat16
     python benchmarks/against_trl.py embedded --rounds 1 --steps 5 --flags "--group-size 16"
+    OMP_WAIT_POLICY=passive python benchmarks/against_trl.py embedded      on a machine that others use
 
 Equal are: initial weights, prompts and their order, group size, sampling (the whole distribution), number of
 completions and of optimizer steps, rewards, loss, clip, k3 to a reference model, learning rate at each step, AdamW,
 norm clipping, and precision. Each round has its own seed; each system runs in a process of its own, which does not
 count its first step.
 
-Where a choice is free it is the best one for TRL: a mini-batch is one micro-batch, no checkpointing but where grpo.py
-does it too, its default fused AdamW, the reward rule called in its own process (grpo.py runs it in others, whose memory
-is not counted), no logging, saving, or loader workers. grpo.py runs with its constants as shipped. vLLM is not used.
+Where a choice is free it is meant to be the best one for TRL: a mini-batch is one micro-batch (--trl-micro-batch makes
+it several, for less memory), no checkpointing but where grpo.py does it too, its default fused AdamW, the reward rule
+called in its own process (grpo.py runs it in others, whose memory is not counted), no logging, saving, or loader
+workers. grpo.py runs with its constants as shipped. vLLM is not used.
 
 TRL's rollout is its `_generate`; scoring is the rest of `_generate_and_score_completions`: rewards, log-probs under the
 reference and under the policy that sampled; the update is all that is left of the step. Peak memory is the kernel's
 VmHWM of the process, libraries included (ru_maxrss would inherit the parent's); on a GPU, what torch had allocated.
-Held-out accuracy is grpo.py's evaluate() for both. workloads.py says how operations are counted; utilisation is against
-the best float32 (GPU: bfloat16) matrix product measured between the children. Needs requirements-bench.txt.
+Held-out accuracy is grpo.py's evaluate() for both. workloads.py says how operations are counted; utilisation is
+against the best float32 (GPU: bfloat16) matrix product measured between the children.
+OMP_WAIT_POLICY=passive, which both get, keeps threads from spinning while another program has the core. Needs
+requirements-bench.txt.
 """
 
 import argparse
@@ -105,7 +109,7 @@ def run_ours(workload, steps):
     return trainer.policy, rows, (before, peak_memory()), accuracy(trainer, workload)
 
 
-def run_trl(workload, steps, prompts, folder):
+def run_trl(workload, steps, prompts, folder, micro_batch):
     import datasets
     import trl
 
@@ -141,13 +145,16 @@ def run_trl(workload, steps, prompts, folder):
         rows[-1]["reward"] = statistics.mean(rewards)
         return rewards
 
+    mini_batch = grpo.BATCH_SIZE * grpo.GROUP_SIZE // grpo.MINI_BATCHES
+    micro_batch = micro_batch or mini_batch
+    accumulated = mini_batch // micro_batch
     arguments = trl.GRPOConfig(
         output_dir=str(Path(folder) / "trl"),
         seed=grpo.SEED,
         max_steps=steps * grpo.MINI_BATCHES,
-        per_device_train_batch_size=grpo.BATCH_SIZE * grpo.GROUP_SIZE // grpo.MINI_BATCHES,
-        steps_per_generation=grpo.MINI_BATCHES,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=micro_batch,
+        steps_per_generation=grpo.MINI_BATCHES * accumulated,
+        gradient_accumulation_steps=accumulated,
         num_iterations=1,
         num_generations=grpo.GROUP_SIZE,
         max_completion_length=grpo.MAX_COMPLETION_TOKENS,
@@ -211,11 +218,11 @@ def batches(prompts):
     return [prompts[i : i + grpo.BATCH_SIZE] for i in range(0, len(prompts), grpo.BATCH_SIZE)]
 
 
-def child(system, workload, folder, steps):
+def child(system, workload, folder, steps, micro_batch):
     """One system, some steps; prints what it measured."""
     if system == "trl":
         prompts = json.loads((Path(folder) / "steps.json").read_text())
-        model, rows, memory, found = run_trl(workload, steps, prompts, folder)
+        model, rows, memory, found = run_trl(workload, steps, prompts, folder, micro_batch)
     else:
         model, rows, memory, found = run_ours(workload, steps)
     rewards, counted = [row["reward"] for row in rows], rows[1:]
@@ -283,6 +290,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="training steps of a child, the first of which is not counted")
     parser.add_argument("--flags", default="", help="constants of grpo.py, in one string; TRL gets those it shares")
+    parser.add_argument("--trl-micro-batch", type=int, default=0, help="completions, a divisor of the mini-batch")
     parser.add_argument("--child", nargs=3, metavar=("SYSTEM", "FOLDER", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     workload, steps = arguments.workload, arguments.steps or WORKLOADS[arguments.workload]["steps"]
@@ -293,7 +301,7 @@ def main():
     if arguments.child:
         system, folder, seed = arguments.child
         set_constants(workload, folder, steps, int(seed), shlex.split(arguments.flags))
-        return child(system, workload, folder, steps)
+        return child(system, workload, folder, steps, arguments.trl_micro_batch)
     results, peak, device = {name: [] for name in NAMES}, 0.0, "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
@@ -307,7 +315,7 @@ def main():
             (Path(folder) / "steps.json").write_text(json.dumps(prompts))
             for system in NAMES if seed % 2 == 0 else reversed(NAMES):
                 command = [sys.executable, __file__, workload, "--steps", str(steps), f"--flags={arguments.flags}"]
-                command += ["--child", system, folder, str(seed)]
+                command += [f"--trl-micro-batch={arguments.trl_micro_batch}", "--child", system, folder, str(seed)]
                 done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
                 if done.returncode:
                     sys.exit(done.stderr)
