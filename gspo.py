@@ -630,13 +630,14 @@ class GSPOTrainer:
         return token_rewards + on_last_token(rewards - token_rewards.sum(1), rollouts)
 
     @torch.no_grad()
-    def compute_log_probs(self, model, rollouts, count=None):
-        """Log-probs of all completions, or of the first `count`, under a model: (B, T) on its device."""
+    def compute_log_probs(self, model, rollouts, rows=None):
+        """Log-probs of all completions, or of some rows, under a model: (rows, T) on its device."""
+        rows = torch.arange(len(rollouts.texts)) if rows is None else rows
 
         def compute(budget):
-            logps = torch.zeros(rollouts.completion_mask[:count].shape, device=model.device)
-            for rows in micro_batches(rollouts.lengths[:count], budget):
-                logps[rows.to(model.device)], _ = completion_logps(model, rollouts, rows)
+            logps = torch.zeros(rollouts.completion_mask[rows].shape, device=model.device)
+            for part in micro_batches(rollouts.lengths[rows], budget):
+                logps[part.to(model.device)], _ = completion_logps(model, rollouts, rows[part])
             return logps
 
         return self.as_fits("log-probs", MICRO_BATCH_TOKENS, compute)
@@ -651,12 +652,11 @@ class GSPOTrainer:
             return rollouts.sampled_logps
         return self.compute_log_probs(self.policy, rollouts)
 
-    @torch.no_grad()
     def sampler_gap(self, rollouts):
         """Mean |log-prob at sampling − log-prob in training| of the last group's tokens, nats, before any update."""
         rows = torch.arange(len(rollouts.texts))[-GROUP_SIZE:]
-        logps, _ = completion_logps(self.policy, rollouts, rows)
-        return (rollouts.sampled_logps[rows] - logps.cpu())[rollouts.completion_mask[rows]].abs().mean().item()
+        logps = self.compute_log_probs(self.policy, rollouts, rows).cpu()
+        return (rollouts.sampled_logps[rows] - logps)[rollouts.completion_mask[rows]].abs().mean().item()
 
     def score(self, rollouts):
         """Rewards (B,) and log-probs under the reference model (B, T), None without a KL term."""
@@ -763,7 +763,8 @@ class GSPOTrainer:
         if metrics["kl_divergence"] is not None:
             self.update_kl_coef(metrics["kl_divergence"])
         if SAMPLE_GROUPS > 0:
-            new_logps = self.compute_log_probs(self.policy, rollouts, SAMPLE_GROUPS * GROUP_SIZE)
+            shown = torch.arange(len(rollouts.texts))[: SAMPLE_GROUPS * GROUP_SIZE]
+            new_logps = self.compute_log_probs(self.policy, rollouts, shown)
             self.samples = samples_of(step, self.tokenizer, rollouts, rewards, advantages, old_logps, new_logps)
         if metrics["skipped_updates"]:
             self.skipped = samples_of(step, self.tokenizer, rollouts, rewards, advantages, old_logps, old_logps)

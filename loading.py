@@ -519,7 +519,9 @@ def load_all(constants, devices, reward_names, generator):
     check_policy(policy, tokenizer, "POLICY_MODEL")
     adapter = ref_model = reward_model = None
     if c.LORA_RANK > 0:
-        adapter = add_lora(policy, c.LORA_RANK, c.LORA_ALPHA, c.LORA_TARGETS)
+        with torch.random.fork_rng(devices=[]):  # peft draws the adapters' first weights
+            torch.manual_seed(c.SEED)
+            adapter = add_lora(policy, c.LORA_RANK, c.LORA_ALPHA, c.LORA_TARGETS)
     elif c.KL_COEF > 0 or c.ADAPTIVE_KL:
         dtype = frozen_dtype(c.FROZEN_DTYPE, ref_device)
         ref_model = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", ref_device, dtype=dtype, **options)

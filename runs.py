@@ -174,11 +174,7 @@ class Run:
         self.signal = signal.Signals(number)
         tqdm.write(f"{self.signal.name}: stopping, with a checkpoint; once more stops at once, without")
         if Run.interruptible:
-            self._leave()
-
-    def _leave(self):
-        Run.interruptible = False
-        raise Stopped
+            raise Stopped
 
     def steps(self):
         """The numbers of the steps that are left. First, the evaluation before step 1, or one that a stop cut off."""
@@ -224,7 +220,7 @@ class Run:
         last, every = step == script["MAX_STEPS"], script["EVAL_EVERY"]
         evaluating = step == 0 or last or (every > 0 and step % every == 0)
         if self.signal:
-            self._leave()
+            raise Stopped
         if evaluating:
             Run.interruptible = True
             self.after, texts = evaluate(self.trainer, script)
@@ -254,7 +250,7 @@ class Run:
             self._end_profile()
             self._print_summary(texts)
         elif self.signal:
-            self._leave()
+            raise Stopped
 
     def _log(self, metrics):
         self.history.append(metrics)

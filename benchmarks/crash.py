@@ -3,8 +3,9 @@
     python benchmarks/crash.py --kills 50
 
 Each run is the smoke preset of a script with a checkpoint after every step; it is killed by SIGKILL at a random moment,
-resumed with --resume, killed again, until it has had its kills and is left to end. Prints a table: kills, how far the
-run had come at each, and whether metrics (times aside), samples and final weights are those of the uninterrupted run.
+resumed with --resume, perhaps killed again, until it ends; then the next one begins. Prints a table: kills, the steps
+that were done at each (-1: the evaluation before the first was not), and how many of the runs ended with the metrics
+(times aside), samples and final weights of the uninterrupted one.
 """
 
 import argparse
@@ -21,20 +22,16 @@ SCRIPTS = ("gspo", "grpo", "dapo")
 FLAGS = "--preset smoke --max-steps 8 --save-every 1 --eval-every 3 --keep-checkpoints 2".split()
 
 
-def start(script, folder, *more):
-    command = [sys.executable, str(ROOT / f"{script}.py"), *FLAGS, "--output-dir", str(folder), *more]
+def start(script, folder):
+    """A process of the script that resumes the run in the folder, or begins one."""
+    resume = ["--resume", "latest"] if list(folder.glob("*/config.json")) else []
+    command = [sys.executable, str(ROOT / f"{script}.py"), *FLAGS, "--output-dir", str(folder), *resume]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    _, errors = process.communicate()
-    if process.returncode:
-        sys.exit(errors)
 
 
 def left_by(folder):
     """What must not differ: metrics without times, samples, and the final weights, byte for byte."""
-    (run,) = folder.iterdir()
+    (run,) = (path.parent for path in folder.glob("*/final"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timeless = [
         {key: value for key, value in row.items() if key != "tokens_per_second" and not key.startswith("seconds_")}
@@ -44,46 +41,45 @@ def left_by(folder):
 
 
 def steps_done(folder):
-    files = list(folder.glob("*/metrics.jsonl"))
-    return len(files[0].read_text().splitlines()) - 1 if files else -1
+    return max((len(path.read_text().splitlines()) - 1 for path in folder.glob("*/metrics.jsonl")), default=-1)
 
 
 def measure(script, kills, folder, seed=0):
-    """One run with so many kills: how many there were, at which steps, and whether it ended as the other one."""
-    began = time.perf_counter()
-    finish(start(script, folder / "whole"))
-    whole, moments, killed, at = time.perf_counter() - began, random.Random(seed), folder / "killed", []
-    while len(at) < kills:
-        process = start(script, killed, *(["--resume", "latest"] if list(killed.glob("*/config.json")) else []))
-        time.sleep(moments.uniform(0.4 * whole, whole))  # starting takes the first part
-        if process.poll() is None:
-            at.append(steps_done(killed))
-        process.kill()
-        process.communicate()
-        if (begun := list(killed.glob("*"))) and not (begun[0] / "config.json").exists():
-            begun[0].joinpath("lock").unlink(missing_ok=True)
-            for path in [*begun[0].iterdir(), begun[0]]:  # killed before there was anything to resume
-                path.rmdir() if path.is_dir() else path.unlink()
-        if list(killed.glob("*/final/model.safetensors")) and steps_done(killed) >= 8:
-            if left_by(killed) != left_by(folder / "whole"):
-                return {"kills": len(at), "at": at, "identical": False}
-            killed = killed.with_name(f"{killed.name}+")  # it had come to its end: the next one
-    finish(start(script, killed, *(["--resume", "latest"] if list(killed.glob("*/config.json")) else [])))
-    return {"kills": len(at), "at": at, "identical": left_by(killed) == left_by(folder / "whole")}
+    """Kills runs of a script until there are so many kills; each goes on until it has ended by itself.
+
+    Returns the steps that were done at each kill, and for each run that ended whether it is the uninterrupted one.
+    """
+    moments, seconds, at, identical = random.Random(seed), None, [], []
+    while len(at) < kills or len(identical) == 0 or (folder / str(len(identical))).exists():
+        run = folder / str(len(identical))  # the first is the uninterrupted one
+        process, began = start(script, run), time.perf_counter()
+        patience = moments.uniform(0.3, 1) * seconds if identical and len(at) < kills else None
+        try:
+            _, errors = process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            at.append(steps_done(run))
+            continue
+        if process.returncode:
+            sys.exit(errors)
+        identical.append(left_by(run) == left_by(folder / "0"))
+        seconds = time.perf_counter() - began if seconds is None else 0.8 * seconds  # it was faster than expected
+    return at, identical[1:]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="over all three scripts")
     arguments = parser.parse_args()
-    print("| script | kills | after step (-1: before the first evaluation) | ends as the uninterrupted run |")
-    print("|---|---|---|---|")
+    print("| script | kills | steps done at a kill: how often | runs that ended | as the uninterrupted one |")
+    print("|---|---|---|---|---|")
     for number, script in enumerate(SCRIPTS):
         kills = arguments.kills // 3 + (number < arguments.kills % 3)
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(script, kills, Path(folder), seed=number)
-        steps = ", ".join(f"{step}: {found['at'].count(step)}" for step in sorted(set(found["at"])))
-        print(f"| {script}.py | {found['kills']} | {steps} | {'yes' if found['identical'] else 'NO'} |", flush=True)
+            at, identical = measure(script, kills, Path(folder), seed=number)
+        steps = ", ".join(f"{step}: {at.count(step)}" for step in sorted(set(at)))
+        print(f"| {script}.py | {len(at)} | {steps} | {len(identical)} | {sum(identical)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,6 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(tmp_path, whole):
     gspo.MAX_STEPS = 4
     found = resumed(gspo, trainer.run.folder)
     assert [row["step"] for row in found[0]] == [0, 1, 2, 3, 4]
-    saved = checkpoints.load_file if False else None  # noqa: F841
     assert not (trainer.run.folder / "final.old").exists()
 
 
@@ -415,7 +414,7 @@ def test_a_run_whose_updates_are_never_finite_stops_with_its_batch(tmp_path, mon
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_where_memory_runs_out_less_goes_through_at_once_with_the_same_result(tmp_path, monkeypatch, script):
     results = []
-    for most in (10**9, 200):
+    for most in (10**9, 100):
         trainer = set_up(script, tmp_path, MICRO_BATCH_TOKENS=2000, SAMPLE_GROUPS=0, TENSORBOARD=False)
         completion_logps, sample_completions = script.completion_logps, script.sample_completions
 
@@ -474,5 +473,5 @@ def test_killed_at_random_moments_a_run_still_ends_as_it_would_have(tmp_path):
     sys.path.insert(0, str(configs.HERE / "benchmarks"))
     import crash
 
-    rows = crash.measure("gspo", kills=2, folder=tmp_path, seed=1)
-    assert rows["kills"] == 2 and rows["identical"]
+    at, identical = crash.measure("gspo", kills=2, folder=tmp_path, seed=1)
+    assert len(at) == 2 and identical and all(identical)
