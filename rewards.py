@@ -9,15 +9,18 @@ that raises, returns something else than a finite number, or takes longer than S
 and is written down; the run stops where more than MOST_FAILURES of a batch's scores fail.
 """
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import TimeoutError
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from math_verify import parse, verify
 from configs import InputError
 
 SECONDS = 1.0  # per completion and rule
+START = 60.0  # seconds that the process of the rules may take beside them, to load them most of all
 MEMORY = 4 * 2**30  # bytes of address space per process
 MOST_FAILURES = 0.5  # share of a batch's completions
 PROCESSES = min(4, os.cpu_count() or 1)
@@ -169,7 +173,7 @@ class Rewards:
 
     def _by_rule(self, name, rows, texts):
         plain = [{key: value for key, value in row.items() if key not in ("prompt_ids", "prompt_text")} for row in rows]
-        return _server_of(self.file).ask([name, list(zip(plain, texts, strict=True))])
+        return _server_of(self.file).ask(name, list(zip(plain, texts, strict=True)))
 
 
 @functools.cache
@@ -183,28 +187,50 @@ class _Server:
     def __init__(self, file):
         self.file, self.process, self.lock = file, None, threading.Lock()
 
-    def ask(self, request):
-        line = json.dumps(request, default=str) + "\n"
+    def ask(self, name, items):
+        """What serve() answers to a rule's name and a list of (row, completion): a (score, problem) for each."""
+        line = json.dumps([name, items], default=str) + "\n"
+        longest = START + 2 * SECONDS * len(items)  # a slow one takes its second twice, among others and then alone
         with self.lock:
             for _ in range(2):
-                if self.process is None:
-                    self.process = subprocess.Popen(
-                        [sys.executable, "-c", "import rewards, sys; rewards.serve(sys.argv[1])", self.file],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        text=True,
-                        cwd=Path(__file__).parent,
-                        start_new_session=True,  # Ctrl-C is for the run to handle
-                    )
+                began, process = time.monotonic(), self._running()
+                late = threading.Timer(longest, _end, [process])  # writing and reading end with the process
+                late.start()
                 try:
-                    self.process.stdin.write(line)
-                    self.process.stdin.flush()
-                    if answer := self.process.stdout.readline():
+                    process.stdin.write(line)
+                    process.stdin.flush()
+                    if (answer := process.stdout.readline()).endswith("\n"):
                         return json.loads(answer)
                 except OSError:
                     pass
-                self.process = None
+                finally:
+                    late.cancel()
+                _end(process)
+                process.wait()
+        if time.monotonic() - began > longest:
+            raise InputError(f"{name}, a rule of {self.file}, gave no answer in {longest:.0f} s; make it faster")
         raise InputError(f"the rules of {self.file} do not load; mend it, `python {self.file}` shows where")
+
+    def _running(self):
+        if self.process is not None and self.process.poll() is not None:
+            _end(self.process)  # what it forked may live on
+            self.process = None
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "import rewards, sys; rewards.serve(sys.argv[1])", self.file],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parent,
+                start_new_session=True,  # Ctrl-C is for the run to handle
+            )
+        return self.process
+
+
+def _end(process):
+    """Ends a server and the processes that it has forked, which are a group of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def serve(file):
@@ -217,15 +243,19 @@ def serve(file):
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a reward prints is not an answer
+    # A process forked while this one reads its stdin would wait for ever to close it, for reading holds its lock.
+    requests, sys.stdin = sys.stdin, open(os.devnull)  # noqa: SIM115, for as long as the server
     spec = importlib.util.spec_from_file_location("rules", file)
     rules = sys.modules["rules"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rules)
 
     def limit():
+        for file in (requests, answers):  # or their other ends would not see that the server is gone
+            os.close(file.fileno())
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
     with ProcessPool(PROCESSES, context=get_context("fork"), initializer=limit) as pool:
-        for line in sys.stdin:
+        for line in requests:
             name, items = json.loads(line)
             rule, size = getattr(rules, name), max(1, min(16, len(items) // PROCESSES))
             chunks = [

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 
@@ -89,6 +90,33 @@ def test_the_server_is_started_again_where_it_has_died(rules):
     scorer = rewards.Rewards({"rule": 1.0}, file=rules)
     scorer([row()], ["fine"])
     os.kill(rewards._server_of(str(rules)).process.pid, signal.SIGKILL)
+    assert scorer([row(0.75)], ["fine"]) == [0.75]
+
+
+def test_timeouts_in_the_last_chunks_of_a_request_do_not_keep_the_next_from_being_answered(rules, monkeypatch):
+    """The processes that took too long are replaced while the server already waits for its next request."""
+    monkeypatch.setattr(rewards, "START", 5.0)
+    scorer = rewards.Rewards({"rule": 1.0}, file=rules)
+    server = rewards._server_of(str(rules))
+    scorer([row()], ["fine"])
+    first = server.process
+    for _ in range(3):
+        assert scorer([row()] * 6, ["fine"] * 4 + ["hang"] * 2) == [0.5] * 4 + [0.0] * 2
+        time.sleep(0.4)  # as a step's other phases do
+    assert server.process is first
+
+
+def test_a_server_that_does_not_answer_is_ended_and_asked_again_and_then_named(rules, monkeypatch):
+    scorer = rewards.Rewards({"rule": 1.0}, file=rules)
+    scorer([row()], ["fine"])
+    first = rewards._server_of(str(rules)).process
+    os.kill(first.pid, signal.SIGSTOP)  # it neither reads nor writes nor ends
+    monkeypatch.setattr(rewards, "START", 0.2)
+    monkeypatch.setattr(rewards, "SECONDS", 0.0)
+    with pytest.raises(configs.InputError, match="rule, a rule of .*rules.py, gave no answer in 0 s; make it faster"):
+        scorer([row()] * 20_000, ["fine"] * 20_000)  # more than a pipe holds: it is not even read
+    assert first.returncode == -signal.SIGKILL
+    monkeypatch.undo()
     assert scorer([row(0.75)], ["fine"]) == [0.75]
 
 
