@@ -1,5 +1,6 @@
 """What a user watches: the samples' page in a browser, TensorBoard files, evaluation, the self-test."""
 
+import contextlib
 import html.parser
 import itertools
 import json
@@ -10,6 +11,7 @@ import types
 
 import pytest
 import torch
+import transformers
 from conftest import trainer_of
 
 import configs
@@ -162,15 +164,69 @@ def test_wilsons_interval_is_that_of_the_closed_form():
 
 
 def lines_of(capsys):
-    found = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:4] in ("ok  ", "FAIL")]
-    return {text.split("  ")[0]: (mark, text) for mark, text in found}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:6] in ("ok    ", "FAIL  ", " " * 6)]
+    return {line[6:].split("  ")[0]: (line[:4].strip(), line[6:]) for line in lines}
 
 
 def test_the_selftest_passes_on_the_embedded_task_and_leaves_nothing(small_script, capsys, tmp_path):
     small_script.main(["--selftest"])
     lines = lines_of(capsys)
-    assert len(lines) == 10 and all(mark == "ok" for mark, _ in lines.values())
+    marks = [mark for mark, _ in lines.values()]
+    assert marks == [""] * 2 + ["ok"] * 8  # prompt and completion are for the reader to judge
     assert not (tmp_path / "outputs").exists()
+
+
+def test_the_selftest_passes_with_lora_whose_a_has_no_gradient_at_first(small, capsys):
+    small.main(["--selftest", "--lora-rank", "4"])
+    mark, text = lines_of(capsys)["weights that the step moved"]
+    assert mark == "ok" and "100%" in text and " 0 of " in text
+    trainer = trainer_of(small)
+    next(p for name, p in trainer.policy.named_parameters() if ".lora_B." in name).register_hook(torch.zeros_like)
+    with pytest.raises(SystemExit):
+        gspo.selftest(trainer, vars(small))
+    mark, text = lines_of(capsys)["weights that the step moved"]
+    assert mark == "FAIL" and " 1 of " in text and "lora_B" in text
+
+
+def test_the_selftest_shows_rewards_that_all_fail(small, capsys, monkeypatch):
+    def raising(self, name, rows, texts):
+        return [(0.0, "raised KeyError: 'worth'")] * len(texts)
+
+    monkeypatch.setattr(gspo.Rewards, "_by_rule", raising)
+    with pytest.raises(SystemExit) as exit_:
+        small.main(["--selftest", "--rewards", "exact_match"])
+    lines = lines_of(capsys)
+    assert exit_.value.code == 1 and lines["rewards"][0] == "FAIL" and "'worth'" in lines["rewards"][1]
+    assert lines["weights that the step moved"][0] == "ok"  # the other lines are there all the same
+
+
+def test_the_selftest_sums_rewards_per_token(small, capsys, monkeypatch, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(configs.HERE / gspo.REWARD_MODEL)
+    torch.manual_seed(0)
+    transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(tmp_path / "scorer")
+    transformers.AutoTokenizer.from_pretrained(configs.HERE / gspo.POLICY_MODEL).save_pretrained(tmp_path / "scorer")
+    flags = ["--no-use-sequence-level-reward", "--ratio-level", "sequence_token", "--rewards", "reward_model"]
+    small.main(["--selftest", *flags, "--reward-model", str(tmp_path / "scorer")])
+    mark, text = lines_of(capsys)["rewards"]
+    assert mark == "ok" and "first " in text and "reward_model " in text
+
+
+@pytest.mark.parametrize(("share", "mark"), [(0.85, "FAIL"), (0.95, "ok")])
+def test_the_selftest_asks_that_a_step_move_nine_tenths_of_the_weights(small, capsys, share, mark):
+    trainer, step = trainer_of(small), torch.optim.AdamW.step
+    generator = torch.Generator().manual_seed(0)
+
+    def partly(*_):
+        before = [parameter.detach().clone() for parameter in trainer.trained]
+        step(trainer.optimizer)
+        with torch.no_grad():
+            for parameter, old in zip(trainer.trained, before, strict=True):
+                parameter.copy_(torch.where(torch.rand(old.shape, generator=generator) < share, parameter, old))
+
+    trainer.optimizer.step = partly
+    with contextlib.suppress(SystemExit):
+        gspo.selftest(trainer, vars(small))
+    assert lines_of(capsys)["weights that the step moved"][0] == mark
 
 
 def test_the_selftest_shows_what_is_wrong(small, capsys, monkeypatch):
