@@ -71,15 +71,18 @@ def load_prompts(source, name, prompt_column, answer_column, config="", split="t
             raise InputError(
                 f"{place}: {prompt_column!r} must be a text that is not empty, or messages with role and content"
             )
-        if row[answer_column] is None or not str(row[answer_column]).strip():
-            what = "null" if row[answer_column] is None else "empty"
+        answer = row[answer_column]
+        if isinstance(answer, list | dict) or isinstance(answer, float) and not math.isfinite(answer):
+            raise InputError(f"{place}: {answer_column!r} is {answer!r:.60}; give a text or a number")
+        if answer is None or not str(answer).strip():
+            what = "null" if answer is None else "empty"
             raise InputError(f"{place}: {answer_column!r} is {what}; give an answer or remove the row")
         text = "\n".join(message["content"] for message in messages)
         try:
-            f"{text}{row[answer_column]}".encode()
+            f"{text}{answer}".encode()
         except UnicodeEncodeError:  # JSON can write half a pair, "\\ud83d", which is no text
             raise InputError(f"{place}: the text holds half of a surrogate pair; write the character whole") from None
-        rows[number - 1] = {**row, "prompt": text, "messages": messages, "answer": str(row[answer_column])}
+        rows[number - 1] = {**row, "prompt": text, "messages": messages, "answer": str(answer)}
     if not rows:
         raise InputError(f"{name} = {source!r} holds no prompts; give at least one")
     return rows
@@ -199,6 +202,16 @@ def _not_loaded(what, name, constant, error):
     return InputError(f"{constant} = {name!r}: the {what} cannot be loaded: {_short(error)}; {remedy}")
 
 
+OTHER_KIND = {  # what to do where the head of a reward model is not what is asked for
+    transformers.AutoModelForSequenceClassification: (
+        "give a sequence classifier, or for a token classifier --no-use-sequence-level-reward"
+    ),
+    transformers.AutoModelForTokenClassification: (
+        "give a token classifier, or for a sequence classifier --use-sequence-level-reward"
+    ),
+}
+
+
 def load_model(auto_class, name, constant, device, *, revision="main", dtype=torch.float32, trust=False, packed=True):
     """A model in eval mode. Every tensor comes from its safetensors files; none is made up or left over.
 
@@ -221,7 +234,9 @@ def load_model(auto_class, name, constant, device, *, revision="main", dtype=tor
         raise _not_loaded("model", name, constant, error) from None
     wrong = [f"{what.replace('_', ' ')} {sorted(map(str, keys))[:3]}" for what, keys in info.items() if keys]
     if wrong:
-        raise InputError(f"{constant} = {name!r}: its weights do not fit its config: {'; '.join(wrong)}; save it anew")
+        head = any(str(key).startswith(("score.", "classifier.")) for keys in info.values() for key in keys)
+        remedy = OTHER_KIND.get(auto_class, "save it anew") if head else "save it anew"
+        raise InputError(f"{constant} = {name!r}: its weights do not fit its config: {'; '.join(wrong)}; {remedy}")
     return model.to(device).eval()
 
 
@@ -297,6 +312,8 @@ def load_tokenizer(name, constant, *, revision="main", trust=False):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust)
     except Exception as error:  # the tokenizers library raises nothing narrower about a file it cannot use
         raise _not_loaded("tokenizer", name, constant, error) from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes such a one where there are no files
+        raise InputError(f"{constant} = {name!r}: no tokenizer files there; save the tokenizer in that folder")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(
