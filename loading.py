@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import textwrap
+import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -15,7 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import attention
-from configs import InputError, find_model, find_path, is_hub_id
+from configs import InputError, find_model, find_path, is_hub_id, one_line_errors
+
+with one_line_errors():
+    try:
+        from rewards import check_rules
+    except SyntaxError as error:  # in the file that people edit; the scripts import it after this one
+        raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}; mend it there") from None
 
 # What they say of retries and of weights that do not fit; what comes of it is checked and reported here.
 transformers.logging.disable_progress_bar()
@@ -254,7 +261,9 @@ def add_lora(model, rank, alpha, targets):
             target_modules=targets if targets == "all-linear" else re.split(r"[,\s]+", targets.strip()),
             task_type="CAUSAL_LM",
         )
-        return peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers to peft, about a name that peft still uses
+            return peft.get_peft_model(model, config)
     except ValueError as error:
         remedy = "give names of the model's linear layers"
         raise InputError(f"LORA_TARGETS = {targets!r}: {_short(error)}; {remedy}") from None
@@ -496,6 +505,9 @@ class TokenRewardModel:
 # ---- All of it
 
 
+EMBEDDED = "data/arithmetic/train.jsonl", "data/arithmetic/test.jsonl"  # PROMPTS and EVAL_PROMPTS as the scripts ship
+
+
 @dataclass
 class Loaded:
     """What a trainer works with."""
@@ -514,17 +526,23 @@ def load_all(constants, devices, reward_names, generator):
     """Prompts, tokenizer and models as the constants say. Raises InputError on whatever cannot be used.
 
     constants: the script's globals(). devices: of policy, reference and reward model. generator: decides which prompts
-    are held out where EVAL_PROMPTS is "".
+    are held out where EVAL_PROMPTS is "", or is still the embedded task's beside other PROMPTS.
     """
     c = SimpleNamespace(**constants)
     columns = (c.PROMPT_COLUMN, c.ANSWER_COLUMN, c.PROMPTS_CONFIG)
     train_rows = load_prompts(c.PROMPTS, "PROMPTS", *columns, c.PROMPTS_SPLIT)
-    if c.EVAL_PROMPTS:
-        eval_rows = load_prompts(c.EVAL_PROMPTS, "EVAL_PROMPTS", *columns, c.EVAL_SPLIT)
+    eval_source = c.EVAL_PROMPTS
+    if eval_source == EMBEDDED[1] and c.PROMPTS != EMBEDDED[0]:  # another task than the one that is trained on
+        print(f"EVAL_PROMPTS is that of the embedded task: holding out {c.EVAL_SHARE:.0%} of PROMPTS in its place")
+        eval_source = ""
+    if eval_source:
+        eval_rows = load_prompts(eval_source, "EVAL_PROMPTS", *columns, c.EVAL_SPLIT)
     else:
         count = max(1, round(c.EVAL_SHARE * len(train_rows)))
         if count >= len(train_rows):
-            raise InputError(f"PROMPTS: {len(train_rows)} prompts are too few to hold some out; give --eval-prompts")
+            raise InputError(
+                f"PROMPTS = {c.PROMPTS!r}: {len(train_rows)} prompts are too few to hold some out; give --eval-prompts"
+            )
         order = torch.randperm(len(train_rows), generator=generator).tolist()
         eval_rows, train_rows = ([train_rows[i] for i in part] for part in (order[:count], order[count:]))
 
@@ -542,7 +560,9 @@ def load_all(constants, devices, reward_names, generator):
         ref_model = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", ref_device, dtype=dtype, **options)
         ref_model.requires_grad_(False)
     if c.GRADIENT_CHECKPOINTING:
-        without_dropout(policy).gradient_checkpointing_enable({"use_reentrant": False})
+        without_dropout(policy)
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # in newer transformers, in older
+        next(getattr(policy, name) for name in names if hasattr(policy, name))({"use_reentrant": False})
         policy.enable_input_require_grads()
     if "reward_model" in reward_names:
         options = {"revision": c.REWARD_REVISION, "trust": c.TRUST_REMOTE_CODE}
@@ -573,10 +593,12 @@ def load_all(constants, devices, reward_names, generator):
         )
     chat = {"system_prompt": c.SYSTEM_PROMPT, "thinking": c.THINKING}
     train_rows = encode_prompts(train_rows, tokenizer, longest, c.PROMPTS, **chat)
-    eval_rows = encode_prompts(eval_rows[: c.EVAL_SIZE], tokenizer, longest, c.EVAL_PROMPTS or c.PROMPTS, **chat)
+    eval_rows = encode_prompts(eval_rows[: c.EVAL_SIZE], tokenizer, longest, eval_source or c.PROMPTS, **chat)
     eos_ids = end_of_sequence_ids(policy, tokenizer, "POLICY_MODEL")
     if reward_model is not None and c.USE_SEQUENCE_LEVEL_REWARD:
         reward_model.check(train_rows[0])
+    if not c.SELFTEST:  # which shows what fails in its table
+        check_rules({*reward_names, c.EVAL_REWARD} - {"reward_model"}, train_rows[0])
     return Loaded(train_rows, eval_rows, tokenizer, policy, eos_ids, adapter, ref_model, reward_model)
 
 

@@ -107,15 +107,32 @@ def parse_rewards(text, name="REWARDS"):
 
 def find_reward(reward, name):
     """The rule reward of that name in this file: a function of (prompt, completion, row)."""
-    rules = {
-        key: value
-        for key, value in globals().items()
-        if inspect.isfunction(value) and list(inspect.signature(value).parameters) == ["prompt", "completion", "row"]
-    }
+    functions = {key: f for key, f in globals().items() if inspect.isfunction(f) and f.__module__ == __name__}
+    rules = {key: f for key, f in functions.items() if _parameters(f) == ["prompt", "completion", "row"]}
+    if reward in functions and reward not in rules:
+        takes = f"{name}: {reward!r} of rewards.py takes ({', '.join(_parameters(functions[reward]))})"
+        raise InputError(f"{takes}; a rule must take (prompt, completion, row)")
     if reward not in rules:
         have = ", ".join(sorted(rules))
         raise InputError(f"{name}: rewards.py has no rule {reward!r}, it has {have}; name one of them, or add yours")
     return rules[reward]
+
+
+def _parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def check_rules(names, row, file=__file__):
+    """Raises InputError where a rule has no score for any of some completions that hold the row's answer.
+
+    That is a rule which is not finished: better to say so now than after a step's sampling.
+    """
+    answer = row["answer"]
+    texts = [answer, f"#### {answer}", f"\\boxed{{{answer}}}", f"<answer>{answer}</answer>", ""]
+    for name in sorted(names):
+        problems = [problem for _, problem in _score_by_rule(file, name, [row] * len(texts), texts)]
+        if all(problems):
+            raise InputError(f"{name}, a rule of {file}, {problems[0]}, for the first prompt and its answer; mend it")
 
 
 # ---- Running them
@@ -172,8 +189,12 @@ class Rewards:
         return metrics | (self.reward_model.report() if self.reward_model else {})
 
     def _by_rule(self, name, rows, texts):
-        plain = [{key: value for key, value in row.items() if key not in ("prompt_ids", "prompt_text")} for row in rows]
-        return _server_of(self.file).ask(name, list(zip(plain, texts, strict=True)))
+        return _score_by_rule(self.file, name, rows, texts)
+
+
+def _score_by_rule(file, name, rows, texts):
+    plain = [{key: value for key, value in row.items() if key not in ("prompt_ids", "prompt_text")} for row in rows]
+    return _server_of(str(file)).ask(name, list(zip(plain, texts, strict=True)))
 
 
 @functools.cache

@@ -509,7 +509,7 @@ REWARDS = [
     row("a weight that is infinite", dapo, ["--rewards", "math inf"], "math", "finite"),
     row("a reward twice", gspo, ["--rewards", "math 1, math 2"], "REWARDS", "math is there twice"),
     row("weights that are all zero", grpo, ["--rewards", "math 0, format 0"], "REWARDS", "all weights are zero"),
-    row("a helper as reward", dapo, ["--rewards", "find_answer"], "'find_answer'", "exact_match"),
+    row("a helper as reward", dapo, ["--rewards", "find_answer"], "'find_answer'", "(text); a rule must take (prompt,"),
     row(
         "a model to evaluate with",
         gspo,

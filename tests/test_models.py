@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import datasets
 import pytest
@@ -270,6 +271,34 @@ def test_prompts_are_held_out_by_share_and_long_ones_left_out_and_counted(model_
     assert f"left out {left_out} of 18 prompts" in capsys.readouterr().out
 
 
+def test_the_embedded_task_is_not_what_another_one_is_evaluated_on(model_folder, gsm8k_files, capsys):
+    shipped = [(script.PROMPTS, script.EVAL_PROMPTS) for script in SCRIPTS]
+    assert shipped == [loading.EMBEDDED] * len(SCRIPTS)
+    trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, EVAL_PROMPTS=loading.EMBEDDED[1], EVAL_SIZE=99)
+    questions = {row["question"] for row in gsm8k_rows(24)}
+    assert {row["prompt"] for row in trainer.train_rows + trainer.eval_rows} == questions
+    assert len(trainer.eval_rows) == 1 and len(trainer.train_rows) == 23
+    out = capsys.readouterr().out
+    assert out.count("holding out 5% of PROMPTS") == 1
+    vars(gspo).update(PROMPTS=loading.EMBEDDED[0], PROMPT_COLUMN="prompt")
+    assert len(trainer_of(gspo).train_rows) == 4096 and "holding out" not in capsys.readouterr().out
+
+
+def test_activations_are_computed_again_by_either_name_of_it(model_folder, gsm8k_files, monkeypatch):
+    """transformers has renamed it, and warns of the old name; requirements.txt allows versions with either."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        set_up(gspo, model_folder("qwen3"), gsm8k_files, GRADIENT_CHECKPOINTING=True)
+        set_up(gspo, model_folder("qwen3"), gsm8k_files, GRADIENT_CHECKPOINTING=True, LORA_RANK=2)
+    called = []
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "gradient_checkpointing_enable", lambda *a: called.append(a[1:]), raising=False
+    )
+    monkeypatch.delattr(transformers.PreTrainedModel, "activation_checkpointing_enable", raising=False)
+    set_up(gspo, model_folder("qwen3"), gsm8k_files, GRADIENT_CHECKPOINTING=True)
+    assert called == [({"use_reentrant": False},)]
+
+
 def test_a_reward_model_sees_its_own_template_and_a_cut_is_counted(tokenizer, model_folder):
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
@@ -419,13 +448,16 @@ def test_bad_models(capsys, tmp_path, model_folder):
 
 
 def test_presets_change_constants_and_say_so(capsys):
+    before = configs.constant_values(vars(gspo))
     configs.apply_overrides(vars(gspo), ["--preset", "gsm8k"])
+    before["PRESET"] = gspo.PRESET
     out = capsys.readouterr().out
     assert gspo.POLICY_MODEL == "Qwen/Qwen3-0.6B" and gspo.CLIP_LOW == 3e-4 and gspo.EVAL_REWARD == "math"
-    for name, (value, _, _) in configs.read_constants(vars(gspo)).items():
-        changed = configs.PRESETS["gsm8k"].get(name, configs.PRESETS["gsm8k"].get(f"gspo.{name}"))
-        if changed is not None and f"preset gsm8k: {name} = " in out:
-            assert value == changed
+    preset = configs.PRESETS["gsm8k"]
+    for name, value in configs.constant_values(vars(gspo)).items():
+        expected = preset.get(f"gspo.{name}", preset.get(name, before[name]))
+        assert value == expected, name
+        assert (f"preset gsm8k: {name} = {expected!r}  (was {before[name]!r})" in out) == (expected != before[name])
     assert "preset gsm8k: CLIP_HIGH = 0.0004  (was 0.04)" in out and "LOSS_DIVISOR" not in out
 
 

@@ -16,6 +16,7 @@ from conftest import trainer_of
 
 import configs
 import gspo
+import loading
 import metrics
 import page
 
@@ -193,6 +194,7 @@ def test_the_selftest_shows_rewards_that_all_fail(small, capsys, monkeypatch):
         return [(0.0, "raised KeyError: 'worth'")] * len(texts)
 
     monkeypatch.setattr(gspo.Rewards, "_by_rule", raising)
+    monkeypatch.setattr(loading, "check_rules", lambda *_: pytest.fail("that would end it without a table"))
     with pytest.raises(SystemExit) as exit_:
         small.main(["--selftest", "--rewards", "exact_match"])
     lines = lines_of(capsys)
