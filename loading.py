@@ -7,6 +7,7 @@ import re
 import textwrap
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -278,6 +279,10 @@ def policy_weights(model, adapter=None):
 def save_policy(folder, model, adapter=None, weights=None):
     """Writes a policy in Hugging Face layout: all weights, or its adapter alone; as they are, or a copy of them."""
     (model if adapter is None else adapter).save_pretrained(folder, state_dict=weights)
+    if adapter is not None:
+        (Path(folder) / "README.md").unlink(
+            missing_ok=True
+        )  # peft's form for a model's card, which nobody has filled in
 
 
 def save_merged(folder, model, adapter):

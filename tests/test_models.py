@@ -5,6 +5,7 @@ import shutil
 import warnings
 
 import datasets
+import peft
 import pytest
 import tokenizers
 import torch
@@ -47,9 +48,7 @@ ARCHITECTURES = {
 
 
 def gsm8k_rows(count):
-    """Rows of GSM8K where it is at hand, else rows like them."""
-    if GSM8K.is_file():
-        return [json.loads(line) for line in GSM8K.read_text().splitlines()[:count]]
+    """Rows in the form of GSM8K's, the same on every machine."""
     return [
         {
             "question": f"Ann has {i} pens and buys {i + 2} more. How many has she?",
@@ -154,8 +153,7 @@ def test_two_steps_on_gsm8k_rows_then_reload_and_generate(model_folder, gsm8k_fi
     assert reloaded.chat_template == tokenizer.chat_template
     for name, value in trainer.policy.named_parameters():
         assert torch.equal(dict(model.named_parameters())[name], value)
-    ids = torch.tensor([trainer.eval_rows[0]["prompt_ids"]])
-    assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4).shape[1] > ids.shape[1]
+    assert generates(model, trainer)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -180,10 +178,75 @@ def test_lora_trains_the_adapter_alone_and_final_holds_it_merged(model_folder, g
     folder = trainer.run.folder
     assert (folder / "checkpoints/step-1/adapter_config.json").is_file()
     assert (folder / "checkpoints/step-1/adapter_model.safetensors").stat().st_size < 50_000
+    assert not list(folder.rglob("README.md"))  # peft's form, which nobody has filled in
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder / "final", output_loading_info=True)
     assert not any(info.values())
     torch.testing.assert_close(trainer.compute_log_probs(model.eval(), rollouts), now, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(trainer.compute_log_probs(trainer.policy, rollouts), now, rtol=1e-4, atol=1e-5)
+    assert generates(model, trainer) and not (folder / "final/adapter_config.json").exists()
+
+
+def generates(model, trainer):
+    """What a model makes of the first held-out prompt, by its own generate()."""
+    ids = torch.tensor([trainer.eval_rows[0]["prompt_ids"]])
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers to peft
+def test_without_merging_final_is_the_adapter_alone(model_folder, gsm8k_files):
+    constants = {"LORA_RANK": 4, "LEARNING_RATE": 0.05, "MERGE_LORA": False}
+    trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, **constants)
+    trainer.train()
+    final = trainer.run.folder / "final"
+    assert (final / "adapter_config.json").is_file() and not (final / "model.safetensors").exists()
+    assert not (final / "README.md").exists()
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder("qwen3"))
+    model = peft.PeftModel.from_pretrained(base, final).eval()
+    rollouts = trainer.generate_responses_with_group_sampling(3)
+    expected = trainer.compute_log_probs(trainer.policy, rollouts)
+    torch.testing.assert_close(trainer.compute_log_probs(model.base_model.model, rollouts), expected)
+    assert generates(model, trainer)
+
+
+def test_revision_and_trust_reach_transformers(model_folder, gsm8k_files, monkeypatch):
+    asked = []
+    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer"):
+        kind = getattr(transformers, name)
+
+        def from_pretrained(place, *, name=name, load=kind.from_pretrained, **options):
+            asked.append((name, place, options["revision"], options["trust_remote_code"]))
+            return load(place, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+    constants = {"POLICY_REVISION": "v1", "REWARD_REVISION": "v2", "REWARDS": "reward_model", "KL_COEF": 0.1}
+    policy = model_folder("qwen3")
+    reward = gspo.REWARD_MODEL = str(configs.HERE / gspo.REWARD_MODEL)
+    for trust in (False, True):
+        set_up(gspo, policy, gsm8k_files, **constants, TRUST_REMOTE_CODE=trust)
+        assert sorted(asked) == sorted(
+            [
+                ("AutoModelForCausalLM", policy, "v1", trust),
+                ("AutoModelForCausalLM", policy, "v1", trust),  # the reference
+                ("AutoModelForSequenceClassification", reward, "v2", trust),
+                ("AutoTokenizer", policy, "v1", trust),
+                ("AutoTokenizer", reward, "v2", trust),
+            ]
+        )
+        asked.clear()
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason=f"no {GSM8K}")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_two_steps_on_rows_of_gsm8k_itself(model_folder, tmp_path, script):
+    (tmp_path / "rows.jsonl").write_text("".join(GSM8K.read_text().splitlines(keepends=True)[:40]))
+    script.OVERLONG_FILTER = False  # of dapo.py: a random model seldom ends
+    prompts = {"PROMPTS": str(tmp_path / "rows.jsonl"), "EVAL_PROMPTS": ""}
+    trainer = set_up(script, model_folder("qwen3"), tmp_path, **prompts)
+    assert len(trainer.train_rows) == 38 and trainer.train_rows[0]["answer"].count("#### ") == 1
+    assert trainer.rewards(trainer.train_rows, [row["answer"] for row in trainer.train_rows]) == pytest.approx(
+        [1.2 - 0.5 * len(row["answer"]) / 1000 for row in trainer.train_rows]  # each answer is right by its own rule
+    )
+    assert trainer.train()[2]["reward_failures"] == 0
 
 
 def gradient_of_an_update(trainer):
@@ -252,6 +315,16 @@ def test_a_hub_dataset_is_read_by_configuration_and_split(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = loading.load_prompts("openai/gsm8k", "PROMPTS", "question", "answer", "main", "test")
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})] and len(rows) == 3
+
+
+def test_a_split_that_is_not_there_is_one_line(capsys, tmp_path, monkeypatch):
+    def load_dataset(*_, split):
+        raise ValueError(f"Unknown split \"{split}\". Should be one of ['train', 'test'].")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    err = refused(capsys, tmp_path, "--prompts", "nobody/nothing", "--prompts-split", "tomorrow")
+    assert "'nobody/nothing', split 'tomorrow', cannot be loaded: Unknown split" in err and "['train', 'test']" in err
+    assert "check id, configuration, split and network" in err
 
 
 def test_prompts_are_held_out_by_share_and_long_ones_left_out_and_counted(model_folder, gsm8k_files, capsys):
@@ -424,7 +497,6 @@ def test_bad_data(capsys, tmp_path):
     assert "cannot be read" in refused(capsys, tmp_path, "--prompts", path)
     (tmp_path / "bad.json").write_text('{"prompt": [')
     assert "cannot be read" in refused(capsys, tmp_path, "--prompts", tmp_path / "bad.json")
-    assert "cannot be loaded" in refused(capsys, tmp_path, "--prompts", "nobody/nothing", "--prompts-split", "tomorrow")
 
 
 def test_bad_models(capsys, tmp_path, model_folder):

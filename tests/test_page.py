@@ -4,12 +4,14 @@ import contextlib
 import html.parser
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
 import types
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import trainer_of
@@ -78,6 +80,39 @@ def test_groups_stand_together_and_a_long_run_shows_its_latest_steps(tmp_path, m
     )
 
 
+def test_neighbouring_groups_of_the_same_prompt_stay_apart(tmp_path):
+    rows = [sample(group=group) for group in (0, 1) for _ in range(3)]
+    classes = [given.get("class") for _, given in Text(write(tmp_path, rows).read_text()).tags]
+    assert classes.count("group") == 2 and classes.count("card up") == 6
+    rows = [sample(prompt=prompt) for prompt in ("p", "q") for _ in range(3)]  # as older runs have them
+    classes = [given.get("class") for _, given in Text(write(tmp_path, rows).read_text()).tags]
+    assert classes.count("group") == 2
+
+
+def test_a_run_numbers_the_groups_of_its_samples(small_script):
+    small_script.SAMPLE_GROUPS, small_script.MAX_STEPS = 3, 1
+    trainer = trainer_of(small_script)
+    trainer.train()
+    samples = [json.loads(line) for line in (trainer.run.folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["group"] for row in samples] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_the_texts_of_tokens_join_to_the_text_of_all_of_them():
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["one two three"], vocab_size=270, special_tokens=["<end>"], show_progress=False)
+    tokenizer, decoded = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<end>"), []
+    text = "naïve 🙂🙃 one 二 two, " * 60  # most characters are two to four tokens
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids: decoded.append(len(ids)) or decode(ids)
+    texts = metrics.token_texts(tokenizer, ids)
+    assert len(texts) == len(ids) > 1000 and "".join(texts) == text + "<end>"
+    assert "🙂" in texts and "二" in texts and not any("\ufffd" in piece for piece in texts)
+    assert sum(decoded) < 16 * len(ids)
+    broken = ids[: ids.index(tokenizer("🙂")["input_ids"][0]) + 2]  # cut within a character
+    assert "".join(metrics.token_texts(tokenizer, broken)) == decode(broken) and decode(broken).endswith("\ufffd")
+
+
 @pytest.mark.parametrize("line", ["{", "[]", json.dumps({"step": 1})])
 def test_a_bad_line_of_samples_is_one_line(tmp_path, capsys, line):
     (tmp_path / "samples.jsonl").write_text(line + "\n")
@@ -87,19 +122,49 @@ def test_a_bad_line_of_samples_is_one_line(tmp_path, capsys, line):
     assert exit_.value.code == 2 and "line 1" in err and err.count("\n") == 1
 
 
+def in_browser(path, tmp_path):
+    """The page as Chromium has it once its scripts, if any, have run."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--window-size=1200,800", "--virtual-time-budget=2000", "--dump-dom", path.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_in_a_browser_a_script_in_a_completion_is_text(tmp_path):
-    path = write(tmp_path, [sample(prompt=NASTY, text=NASTY), sample(text="fine", advantage=-1.0)])
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run(
-        [*command, "--virtual-time-budget=2000", "--dump-dom", path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    shown = Text(done.stdout)
-    assert "<title>owned" not in done.stdout and ": samples</title>" in done.stdout
+    source = in_browser(write(tmp_path, [sample(prompt=NASTY, text=NASTY), sample(text="fine")]), tmp_path)
+    shown = Text(source)
+    assert "<title>owned" not in source and ": samples</title>" in source
     assert NASTY in shown.text and not [tag for tag, _ in shown.tags if tag in ("script", "img")]
+
+
+MEASURE = """<script>
+const seen = {cards: [], tokens: []};
+for (const group of document.querySelectorAll(".group"))
+  seen.cards.push([...group.children].map(card => card.getBoundingClientRect()).map(r => [r.x, r.y, r.right]));
+for (const token of document.querySelectorAll(".text span"))
+  seen.tokens.push(getComputedStyle(token).backgroundColor);
+document.title = JSON.stringify(seen);
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_in_a_browser_a_group_stands_side_by_side_and_its_tokens_are_coloured(tmp_path):
+    changes = [[0.5], [-0.25], [0.0]]
+    rows = [
+        sample(group=group, prompt="p", text=str(i), logp_change=change)
+        for group in (0, 1)
+        for i, change in enumerate(changes)
+    ]
+    path = write(tmp_path, rows)
+    path.write_text(path.read_text().replace("</body>", MEASURE))
+    (title,) = re.findall("<title>(.*)</title>", in_browser(path, tmp_path))
+    seen = json.loads(html.unescape(title))
+    assert [len(cards) for cards in seen["cards"]] == [3, 3]
+    for cards in seen["cards"]:
+        assert len({y for _, y, _ in cards}) == 1  # in one row, each to the right of the one before
+        assert all(right <= x for (_, _, right), (x, _, _) in itertools.pairwise(cards))
+    assert seen["cards"][0][0][1] < seen["cards"][1][0][1]  # the second group below the first
+    assert seen["tokens"] == ["rgba(0, 114, 178, 0.6)", "rgba(213, 94, 0, 0.3)", "rgba(0, 114, 178, 0)"] * 2
 
 
 # ---- Logging elsewhere
