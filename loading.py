@@ -5,7 +5,9 @@ import logging
 import math
 import re
 import textwrap
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -15,7 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import attention
-from configs import InputError, find_model, find_path, is_hub_id
+from configs import InputError, find_model, find_path, is_hub_id, one_line_errors
+
+with one_line_errors():
+    try:
+        from rewards import check_rules
+    except SyntaxError as error:  # in the file that people edit; the scripts import it after this one
+        raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}; mend it there") from None
 
 # What they say of retries and of weights that do not fit; what comes of it is checked and reported here.
 transformers.logging.disable_progress_bar()
@@ -71,15 +79,18 @@ def load_prompts(source, name, prompt_column, answer_column, config="", split="t
             raise InputError(
                 f"{place}: {prompt_column!r} must be a text that is not empty, or messages with role and content"
             )
-        if row[answer_column] is None or not str(row[answer_column]).strip():
-            what = "null" if row[answer_column] is None else "empty"
+        answer = row[answer_column]
+        if isinstance(answer, list | dict) or isinstance(answer, float) and not math.isfinite(answer):
+            raise InputError(f"{place}: {answer_column!r} is {answer!r:.60}; give a text or a number")
+        if answer is None or not str(answer).strip():
+            what = "null" if answer is None else "empty"
             raise InputError(f"{place}: {answer_column!r} is {what}; give an answer or remove the row")
         text = "\n".join(message["content"] for message in messages)
         try:
-            f"{text}{row[answer_column]}".encode()
+            f"{text}{answer}".encode()
         except UnicodeEncodeError:  # JSON can write half a pair, "\\ud83d", which is no text
             raise InputError(f"{place}: the text holds half of a surrogate pair; write the character whole") from None
-        rows[number - 1] = {**row, "prompt": text, "messages": messages, "answer": str(row[answer_column])}
+        rows[number - 1] = {**row, "prompt": text, "messages": messages, "answer": str(answer)}
     if not rows:
         raise InputError(f"{name} = {source!r} holds no prompts; give at least one")
     return rows
@@ -199,6 +210,16 @@ def _not_loaded(what, name, constant, error):
     return InputError(f"{constant} = {name!r}: the {what} cannot be loaded: {_short(error)}; {remedy}")
 
 
+OTHER_KIND = {  # what to do where the head of a reward model is not what is asked for
+    transformers.AutoModelForSequenceClassification: (
+        "give a sequence classifier, or for a token classifier --no-use-sequence-level-reward"
+    ),
+    transformers.AutoModelForTokenClassification: (
+        "give a token classifier, or for a sequence classifier --use-sequence-level-reward"
+    ),
+}
+
+
 def load_model(auto_class, name, constant, device, *, revision="main", dtype=torch.float32, trust=False, packed=True):
     """A model in eval mode. Every tensor comes from its safetensors files; none is made up or left over.
 
@@ -221,7 +242,9 @@ def load_model(auto_class, name, constant, device, *, revision="main", dtype=tor
         raise _not_loaded("model", name, constant, error) from None
     wrong = [f"{what.replace('_', ' ')} {sorted(map(str, keys))[:3]}" for what, keys in info.items() if keys]
     if wrong:
-        raise InputError(f"{constant} = {name!r}: its weights do not fit its config: {'; '.join(wrong)}; save it anew")
+        head = any(str(key).startswith(("score.", "classifier.")) for keys in info.values() for key in keys)
+        remedy = OTHER_KIND.get(auto_class, "save it anew") if head else "save it anew"
+        raise InputError(f"{constant} = {name!r}: its weights do not fit its config: {'; '.join(wrong)}; {remedy}")
     return model.to(device).eval()
 
 
@@ -239,7 +262,9 @@ def add_lora(model, rank, alpha, targets):
             target_modules=targets if targets == "all-linear" else re.split(r"[,\s]+", targets.strip()),
             task_type="CAUSAL_LM",
         )
-        return peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers to peft, about a name that peft still uses
+            return peft.get_peft_model(model, config)
     except ValueError as error:
         remedy = "give names of the model's linear layers"
         raise InputError(f"LORA_TARGETS = {targets!r}: {_short(error)}; {remedy}") from None
@@ -254,6 +279,10 @@ def policy_weights(model, adapter=None):
 def save_policy(folder, model, adapter=None, weights=None):
     """Writes a policy in Hugging Face layout: all weights, or its adapter alone; as they are, or a copy of them."""
     (model if adapter is None else adapter).save_pretrained(folder, state_dict=weights)
+    if adapter is not None:
+        (Path(folder) / "README.md").unlink(
+            missing_ok=True
+        )  # peft's form for a model's card, which nobody has filled in
 
 
 def save_merged(folder, model, adapter):
@@ -297,6 +326,8 @@ def load_tokenizer(name, constant, *, revision="main", trust=False):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust)
     except Exception as error:  # the tokenizers library raises nothing narrower about a file it cannot use
         raise _not_loaded("tokenizer", name, constant, error) from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes such a one where there are no files
+        raise InputError(f"{constant} = {name!r}: no tokenizer files there; save the tokenizer in that folder")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(
@@ -479,6 +510,9 @@ class TokenRewardModel:
 # ---- All of it
 
 
+EMBEDDED = "data/arithmetic/train.jsonl", "data/arithmetic/test.jsonl"  # PROMPTS and EVAL_PROMPTS as the scripts ship
+
+
 @dataclass
 class Loaded:
     """What a trainer works with."""
@@ -497,17 +531,23 @@ def load_all(constants, devices, reward_names, generator):
     """Prompts, tokenizer and models as the constants say. Raises InputError on whatever cannot be used.
 
     constants: the script's globals(). devices: of policy, reference and reward model. generator: decides which prompts
-    are held out where EVAL_PROMPTS is "".
+    are held out where EVAL_PROMPTS is "", or is still the embedded task's beside other PROMPTS.
     """
     c = SimpleNamespace(**constants)
     columns = (c.PROMPT_COLUMN, c.ANSWER_COLUMN, c.PROMPTS_CONFIG)
     train_rows = load_prompts(c.PROMPTS, "PROMPTS", *columns, c.PROMPTS_SPLIT)
-    if c.EVAL_PROMPTS:
-        eval_rows = load_prompts(c.EVAL_PROMPTS, "EVAL_PROMPTS", *columns, c.EVAL_SPLIT)
+    eval_source = c.EVAL_PROMPTS
+    if eval_source == EMBEDDED[1] and c.PROMPTS != EMBEDDED[0]:  # another task than the one that is trained on
+        print(f"EVAL_PROMPTS is that of the embedded task: holding out {c.EVAL_SHARE:.0%} of PROMPTS in its place")
+        eval_source = ""
+    if eval_source:
+        eval_rows = load_prompts(eval_source, "EVAL_PROMPTS", *columns, c.EVAL_SPLIT)
     else:
         count = max(1, round(c.EVAL_SHARE * len(train_rows)))
         if count >= len(train_rows):
-            raise InputError(f"PROMPTS: {len(train_rows)} prompts are too few to hold some out; give --eval-prompts")
+            raise InputError(
+                f"PROMPTS = {c.PROMPTS!r}: {len(train_rows)} prompts are too few to hold some out; give --eval-prompts"
+            )
         order = torch.randperm(len(train_rows), generator=generator).tolist()
         eval_rows, train_rows = ([train_rows[i] for i in part] for part in (order[:count], order[count:]))
 
@@ -527,7 +567,9 @@ def load_all(constants, devices, reward_names, generator):
         ref_model = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", ref_device, dtype=dtype, **options)
         ref_model.requires_grad_(False)
     if c.GRADIENT_CHECKPOINTING:
-        without_dropout(policy).gradient_checkpointing_enable({"use_reentrant": False})
+        without_dropout(policy)
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # in newer transformers, in older
+        next(getattr(policy, name) for name in names if hasattr(policy, name))({"use_reentrant": False})
         policy.enable_input_require_grads()
     if "reward_model" in reward_names:
         options = {"revision": c.REWARD_REVISION, "trust": c.TRUST_REMOTE_CODE}
@@ -558,10 +600,12 @@ def load_all(constants, devices, reward_names, generator):
         )
     chat = {"system_prompt": c.SYSTEM_PROMPT, "thinking": c.THINKING}
     train_rows = encode_prompts(train_rows, tokenizer, longest, c.PROMPTS, **chat)
-    eval_rows = encode_prompts(eval_rows[: c.EVAL_SIZE], tokenizer, longest, c.EVAL_PROMPTS or c.PROMPTS, **chat)
+    eval_rows = encode_prompts(eval_rows[: c.EVAL_SIZE], tokenizer, longest, eval_source or c.PROMPTS, **chat)
     eos_ids = end_of_sequence_ids(policy, tokenizer, "POLICY_MODEL")
     if reward_model is not None and c.USE_SEQUENCE_LEVEL_REWARD:
         reward_model.check(train_rows[0])
+    if not c.SELFTEST:  # which shows what fails in its table
+        check_rules({*reward_names, c.EVAL_REWARD} - {"reward_model"}, train_rows[0])
     return Loaded(train_rows, eval_rows, tokenizer, policy, eos_ids, adapter, ref_model, reward_model)
 
 

@@ -67,11 +67,29 @@ def samples_of(step, tokenizer, rollouts, rewards, advantages, old_logps, new_lo
                 "answer": rollouts.prompts[i]["answer"],
                 "tokens": length,
                 "truncated": bool(rollouts.truncated[i]),
-                "token_texts": [tokenizer.decode([token]) for token in tokens],
+                "token_texts": token_texts(tokenizer, tokens),
                 "logp_change": [round(value, 4) for value in change[:length]],
             }
         )
     return samples
+
+
+def token_texts(tokenizer, ids):
+    """What each token adds to the text of all, special tokens shown.
+
+    A token that ends within a character adds nothing: the one that completes it adds it whole.
+    """
+    texts, first, before = [], 0, ""
+    for t in range(len(ids)):
+        now = tokenizer.decode(ids[first : t + 1])
+        if now.endswith("\ufffd") and t + 1 < len(ids):  # what stands for bytes that are no character, or not yet
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        before = now
+        if t - first > 16:  # a new beginning, or a long text would be decoded once per token
+            first, before = t, tokenizer.decode(ids[t : t + 1])
+    return texts
 
 
 # ---- On held-out prompts

@@ -86,8 +86,9 @@ def draw_samples(folder):
             groups = steps.setdefault(row["step"], [])
         except (json.JSONDecodeError, KeyError, TypeError, ValueError):
             raise InputError(f"{path}, line {number}: not a sample; remove the line and draw again") from None
-        if not groups or groups[-1]["prompt"] != row["prompt"]:
-            groups.append({"prompt": row["prompt"], "answer": row["answer"], "completions": []})
+        group = (row.get("group"), row["prompt"])  # the first is not in the samples of older runs
+        if not groups or groups[-1]["group"] != group:
+            groups.append({"group": group, "prompt": row["prompt"], "answer": row["answer"], "completions": []})
         groups[-1]["completions"].append(row)
     shown, tokens = [], 0
     for step, groups in sorted(steps.items(), reverse=True):

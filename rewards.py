@@ -9,15 +9,18 @@ that raises, returns something else than a finite number, or takes longer than S
 and is written down; the run stops where more than MOST_FAILURES of a batch's scores fail.
 """
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import TimeoutError
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from math_verify import parse, verify
 from configs import InputError
 
 SECONDS = 1.0  # per completion and rule
+START = 60.0  # seconds that the process of the rules may take beside them, to load them most of all
 MEMORY = 4 * 2**30  # bytes of address space per process
 MOST_FAILURES = 0.5  # share of a batch's completions
 PROCESSES = min(4, os.cpu_count() or 1)
@@ -103,15 +107,32 @@ def parse_rewards(text, name="REWARDS"):
 
 def find_reward(reward, name):
     """The rule reward of that name in this file: a function of (prompt, completion, row)."""
-    rules = {
-        key: value
-        for key, value in globals().items()
-        if inspect.isfunction(value) and list(inspect.signature(value).parameters) == ["prompt", "completion", "row"]
-    }
+    functions = {key: f for key, f in globals().items() if inspect.isfunction(f) and f.__module__ == __name__}
+    rules = {key: f for key, f in functions.items() if _parameters(f) == ["prompt", "completion", "row"]}
+    if reward in functions and reward not in rules:
+        takes = f"{name}: {reward!r} of rewards.py takes ({', '.join(_parameters(functions[reward]))})"
+        raise InputError(f"{takes}; a rule must take (prompt, completion, row)")
     if reward not in rules:
         have = ", ".join(sorted(rules))
         raise InputError(f"{name}: rewards.py has no rule {reward!r}, it has {have}; name one of them, or add yours")
     return rules[reward]
+
+
+def _parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def check_rules(names, row, file=__file__):
+    """Raises InputError where a rule has no score for any of some completions that hold the row's answer.
+
+    That is a rule which is not finished: better to say so now than after a step's sampling.
+    """
+    answer = row["answer"]
+    texts = [answer, f"#### {answer}", f"\\boxed{{{answer}}}", f"<answer>{answer}</answer>", ""]
+    for name in sorted(names):
+        problems = [problem for _, problem in _score_by_rule(file, name, [row] * len(texts), texts)]
+        if all(problems):
+            raise InputError(f"{name}, a rule of {file}, {problems[0]}, for the first prompt and its answer; mend it")
 
 
 # ---- Running them
@@ -168,8 +189,12 @@ class Rewards:
         return metrics | (self.reward_model.report() if self.reward_model else {})
 
     def _by_rule(self, name, rows, texts):
-        plain = [{key: value for key, value in row.items() if key not in ("prompt_ids", "prompt_text")} for row in rows]
-        return _server_of(self.file).ask([name, list(zip(plain, texts, strict=True))])
+        return _score_by_rule(self.file, name, rows, texts)
+
+
+def _score_by_rule(file, name, rows, texts):
+    plain = [{key: value for key, value in row.items() if key not in ("prompt_ids", "prompt_text")} for row in rows]
+    return _server_of(str(file)).ask(name, list(zip(plain, texts, strict=True)))
 
 
 @functools.cache
@@ -183,28 +208,50 @@ class _Server:
     def __init__(self, file):
         self.file, self.process, self.lock = file, None, threading.Lock()
 
-    def ask(self, request):
-        line = json.dumps(request, default=str) + "\n"
+    def ask(self, name, items):
+        """What serve() answers to a rule's name and a list of (row, completion): a (score, problem) for each."""
+        line = json.dumps([name, items], default=str) + "\n"
+        longest = START + 2 * SECONDS * len(items)  # a slow one takes its second twice, among others and then alone
         with self.lock:
             for _ in range(2):
-                if self.process is None:
-                    self.process = subprocess.Popen(
-                        [sys.executable, "-c", "import rewards, sys; rewards.serve(sys.argv[1])", self.file],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        text=True,
-                        cwd=Path(__file__).parent,
-                        start_new_session=True,  # Ctrl-C is for the run to handle
-                    )
+                began, process = time.monotonic(), self._running()
+                late = threading.Timer(longest, _end, [process])  # writing and reading end with the process
+                late.start()
                 try:
-                    self.process.stdin.write(line)
-                    self.process.stdin.flush()
-                    if answer := self.process.stdout.readline():
+                    process.stdin.write(line)
+                    process.stdin.flush()
+                    if (answer := process.stdout.readline()).endswith("\n"):
                         return json.loads(answer)
                 except OSError:
                     pass
-                self.process = None
+                finally:
+                    late.cancel()
+                _end(process)
+                process.wait()
+        if time.monotonic() - began > longest:
+            raise InputError(f"{name}, a rule of {self.file}, gave no answer in {longest:.0f} s; make it faster")
         raise InputError(f"the rules of {self.file} do not load; mend it, `python {self.file}` shows where")
+
+    def _running(self):
+        if self.process is not None and self.process.poll() is not None:
+            _end(self.process)  # what it forked may live on
+            self.process = None
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "import rewards, sys; rewards.serve(sys.argv[1])", self.file],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parent,
+                start_new_session=True,  # Ctrl-C is for the run to handle
+            )
+        return self.process
+
+
+def _end(process):
+    """Ends a server and the processes that it has forked, which are a group of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def serve(file):
@@ -217,15 +264,19 @@ def serve(file):
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a reward prints is not an answer
+    # A process forked while this one reads its stdin would wait for ever to close it, for reading holds its lock.
+    requests, sys.stdin = sys.stdin, open(os.devnull)  # noqa: SIM115, for as long as the server
     spec = importlib.util.spec_from_file_location("rules", file)
     rules = sys.modules["rules"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rules)
 
     def limit():
+        for file in (requests, answers):  # or their other ends would not see that the server is gone
+            os.close(file.fileno())
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
     with ProcessPool(PROCESSES, context=get_context("fork"), initializer=limit) as pool:
-        for line in sys.stdin:
+        for line in requests:
             name, items = json.loads(line)
             rule, size = getattr(rules, name), max(1, min(16, len(items) // PROCESSES))
             chunks = [

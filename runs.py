@@ -38,6 +38,7 @@ from loading import policy_weights, save_merged, save_policy
 from metrics import evaluate, idle_clip
 
 DRAW_EVERY = 30  # seconds
+IDLE_CLIP_STEPS = 10  # steps after which a clip that never acted is worth a warning
 MOST_BAD_UPDATES = 8  # optimizer steps without a finite gradient, in steps one after the other, that end a run
 
 
@@ -230,7 +231,7 @@ class Run:
                 self.before, self.texts_before = self.after, texts[:3]
         self._log(metrics)
         if step > 0:
-            self._append("samples.jsonl", self.trainer.samples)
+            self._append("samples.jsonl", self._with_groups(self.trainer.samples))
         self.pending = None
         self._check_updates(metrics)
         if step > 0 and script["SAVE_EVERY"] > 0 and (last or step % script["SAVE_EVERY"] == 0):
@@ -239,7 +240,7 @@ class Run:
             self._save_final()
         if step > 0 and (evaluating or time.perf_counter() - self.drawn > DRAW_EVERY):
             self._draw()
-        if step == min(10, script["MAX_STEPS"]) and (ratios := idle_clip(self.history)):
+        if step == IDLE_CLIP_STEPS and (ratios := idle_clip(self.history)):
             tqdm.write(
                 f"Warning: in {step} steps the ratio stayed in [{ratios[0]:.6f}, {ratios[1]:.6f}] and the clip never "
                 f"acted; lower CLIP_LOW = {script['CLIP_LOW']:g} and CLIP_HIGH = {script['CLIP_HIGH']:g}"
@@ -280,12 +281,16 @@ class Run:
             self.bad_updates = 0
             return
         self.bad_updates += skipped
-        self._append("skipped.jsonl", self.trainer.skipped)
+        self._append("skipped.jsonl", self._with_groups(self.trainer.skipped))
         if self.bad_updates >= MOST_BAD_UPDATES:
             raise InputError(
                 f"{self.bad_updates} updates in steps that follow one another had no finite loss and gradient; their "
                 f"completions are in {self.folder / 'skipped.jsonl'}; lower --learning-rate, or look for what breaks"
             )
+
+    def _with_groups(self, samples):
+        """Samples, each with the number of its group in the step: two groups may have the same prompt."""
+        return [{**sample, "group": i // self.script["GROUP_SIZE"]} for i, sample in enumerate(samples)]
 
     def _draw(self):
         self.drawn = time.perf_counter()
@@ -399,7 +404,8 @@ class Run:
         for name, how in (("eval_accuracy", "sampled"), ("eval_accuracy_greedy", "greedy")):
             print(f"Held-out accuracy, {how}: {self.before[name]:.3f} before, {self.after[name]:.3f} after")
         for row, old, new in zip(self.trainer.eval_rows, self.texts_before, texts_after, strict=False):
-            print(f"  {row['prompt']!r} (answer {row['answer']})\n    before {old!r}\n    after  {new!r}")
+            prompt, answer = _brief(row["prompt"]), _brief(row["answer"])
+            print(f"  {prompt!r} (answer {answer})\n    before {old!r}\n    after  {new!r}")
         names = ("seconds_rollout", "seconds_reward", "seconds_logps", "seconds_update")
         spent = {name.removeprefix("seconds_"): sum(row.get(name, 0.0) for row in self.history) for name in names}
         shares = ", ".join(f"{name} {seconds / sum(spent.values()):.0%}" for name, seconds in spent.items())
@@ -419,6 +425,11 @@ def _rows(path):
         except (ValueError, TypeError, KeyError):
             break
     return rows
+
+
+def _brief(text, most=80):
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 4] + " ..."
 
 
 def _wandb():

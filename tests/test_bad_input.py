@@ -160,6 +160,12 @@ def sharded(path):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def without_tokenizer(path):
+    """Of Qwen2 and Qwen3, of which transformers makes a tokenizer without any files."""
+    edited("config.json", model_type="qwen3", architectures=["Qwen3ForCausalLM"])(path)
+    removed("tokenizer.json", "tokenizer_config.json")(path)
+
+
 def more_tokens(path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     tokenizer.add_tokens(["more", "than", "the", "model"])
@@ -183,6 +189,11 @@ def saved(model_class, config):
 def two_logits(path):
     config = transformers.LlamaConfig.from_pretrained(path, num_labels=2)
     transformers.LlamaForSequenceClassification(config).save_pretrained(path)
+
+
+def token_classifier(path):
+    config = transformers.LlamaConfig.from_pretrained(path)
+    transformers.LlamaForTokenClassification(config).save_pretrained(path)
 
 
 def causal_reward(script, folder, made):
@@ -326,6 +337,12 @@ DATA = [
     row("no column of that name", gspo, ["--prompt-column", "question"], "line 1", "'question'", "PROMPT_COLUMN"),
     row("an answer left out", grpo, rows(GOOD, {"prompt": "1="}), "line 2", "no field 'answer'", "ANSWER_COLUMN"),
     row("an answer that is null", dapo, rows({**GOOD, "answer": None}), "line 1", "'answer' is null"),
+    row("an answer that is NaN", gspo, rows(GOOD, {**GOOD, "answer": float("nan")}), "line 2", "'answer' is nan"),
+    row("an answer that is infinite", grpo, rows({**GOOD, "answer": float("inf")}), "line 1", "'answer' is inf"),
+    row("an answer that is a list", dapo, rows({**GOOD, "answer": [1, 2]}), "line 1", "'answer' is [1, 2]", "a text"),
+    row("an answer that is an object", gspo, rows({**GOOD, "answer": {"a": 1}}), "line 1", "'answer' is {'a': 1}"),
+    row("Parquet with a list for an answer", grpo, parquet({**GOOD, "answer": ["2"]}), "row 1", "'answer' is ['2']"),
+    row("Parquet with NaN for an answer", dapo, parquet({**GOOD, "answer": float("nan")}), "row 1", "'answer' is nan"),
     row("an answer that is empty", dapo, rows({**GOOD, "answer": " "}), "line 1", "'answer' is empty"),
     row("a prompt that is null", gspo, rows({**GOOD, "prompt": None}), "line 1", "'prompt' must be a text"),
     row("a prompt that is empty", grpo, rows(GOOD, {**GOOD, "prompt": " \n"}), "line 2", "not empty"),
@@ -429,6 +446,20 @@ MODELS = [
     row("LoRA on layers that are not there", gspo, ["--lora-rank", 2, "--lora-targets", "x"], "LORA_TARGETS = 'x'"),
     row("a reward model with two logits", grpo, model(two_logits, "reward"), "2 logits", "--reward-model"),
     row("a reward model that is a causal model", dapo, causal_reward, "REWARD_MODEL", "missing keys ['score.weight']"),
+    row(
+        "a token classifier where a sequence is to be scored",
+        gspo,
+        model(token_classifier, "reward"),
+        "unexpected keys ['score.bias']",
+        "for a token classifier --no-use-sequence-level-reward",
+    ),
+    row(
+        "a sequence classifier where tokens are to be scored",
+        grpo,
+        model(lambda path: None, "reward", ["--no-use-sequence-level-reward"]),
+        "missing keys ['score.bias']",
+        "for a sequence classifier --use-sequence-level-reward",
+    ),
     row("a policy that is a classifier", gspo, classifier_policy, "POLICY_MODEL", "unexpected keys ['score.weight']"),
     row(
         "a reward model that is not numbers",
@@ -444,6 +475,7 @@ MODELS = [
 
 TOKENIZERS = [
     row("no tokenizer", gspo, model(removed("tokenizer.json", "tokenizer_config.json")), "tokenizer"),
+    row("no tokenizer that is known", grpo, model(without_tokenizer), "no tokenizer files there", "save the tokenizer"),
     row("a tokenizer.json that is not JSON", grpo, model(overwritten("tokenizer.json", b"{")), "the tokenizer"),
     row("a tokenizer.json of something else", dapo, model(overwritten("tokenizer.json", b"{}")), "the tokenizer"),
     row("a tokenizer.json of no model", gspo, model(overwritten("tokenizer.json", UNKNOWN)), "the tokenizer cannot"),
@@ -477,7 +509,7 @@ REWARDS = [
     row("a weight that is infinite", dapo, ["--rewards", "math inf"], "math", "finite"),
     row("a reward twice", gspo, ["--rewards", "math 1, math 2"], "REWARDS", "math is there twice"),
     row("weights that are all zero", grpo, ["--rewards", "math 0, format 0"], "REWARDS", "all weights are zero"),
-    row("a helper as reward", dapo, ["--rewards", "find_answer"], "'find_answer'", "exact_match"),
+    row("a helper as reward", dapo, ["--rewards", "find_answer"], "'find_answer'", "(text); a rule must take (prompt,"),
     row(
         "a model to evaluate with",
         gspo,

@@ -170,7 +170,8 @@ def test_a_default_device_asked_for_explicitly_must_exist(capsys, tmp_path):
         (b'{"prompt": 5, "answer": "2"}\n', ["line 1", "'prompt'", "text"]),
         (b'\xff\xfe{"prompt"', ["UTF-8"]),
         (b'{"prompt": "1+1=", "answer": null}\n', ["line 1", "'answer' is null"]),
-        (b'{"prompt": "' + b"1+" * 60 + b'1=", "answer": "61"}\n', ["each prompt is longer", "context"]),
+        (b'{"prompt": "1+1=", "answer": "2"}\n', ["1 prompts are too few to hold some out", "--eval-prompts"]),
+        ((b'{"prompt": "' + b"1+" * 60 + b'1=", "answer": "61"}\n') * 2, ["each prompt is longer", "context"]),
     ],
 )
 def test_bad_prompt_files(capsys, tmp_path, content, words):

@@ -1,7 +1,9 @@
 """README and docs against the code: every constant, flag, metric and file they name exists, every default is true."""
 
 import ast
+import json
 import re
+import shlex
 from pathlib import Path
 
 import nbclient
@@ -119,6 +121,35 @@ def test_every_logged_metric_is_explained_and_no_other(name, tmp_path):
     assert explained - {"reward_cut"} == logged - {"reward_cut"}
 
 
+def test_the_command_for_a_model_and_data_of_ones_own_trains(tmp_path, capsys):
+    """README's command, with the smallest model and other sizes beside it."""
+    (command,) = re.findall(r"^    python gspo\.py (.*--policy-model MODEL.*)$", (ROOT / "README.md").read_text(), re.M)
+    rows = [{"prompt": f"{i}+{i}=", "answer": 2 * i} for i in range(40)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, prompts = str(ROOT / "data/models/arithmetic-policy"), str(tmp_path / "mine.jsonl")
+    argv = shlex.split(command.replace("MODEL", model).replace("mine.jsonl", prompts))
+    argv += ["--output-dir", str(tmp_path), "--max-steps", "1", "--batch-size", "2", "--max-completion-tokens", "24"]
+    BY_NAME["gspo"].main(
+        [*argv, "--rewards", "exact_match", "--eval-reward", "exact_match", "--system-prompt", "1+1=2"]
+    )
+    assert BY_NAME["gspo"].LEARNING_RATE == 1e-6 and "Held-out accuracy" in capsys.readouterr().out
+
+
+def test_the_sums_of_memory_are_those_of_their_parts():
+    rows = [(cells[0].strip("*"), float(cells[-1].strip("*"))) for cells in rows_of(ROOT / "docs/memory.md", SIXTEEN)]
+    parts, (_, updating), (_, cache), (_, sampling) = dict(rows[:-3]), *rows[-3:]
+    assert rows[-3][0] == "update, together" and rows[-1][0] == "sampling, together"
+    assert updating == pytest.approx(sum(parts.values()))
+    weights, copies = list(parts.values())[:2]
+    assert sampling == pytest.approx(weights + copies + cache) and max(updating, sampling) < 16
+    assert weights == pytest.approx(596e6 * 16 / 1e9, abs=0.05) and copies == pytest.approx(596e6 * 2 / 1e9, abs=0.05)
+    tokens = configs.PRESETS["gsm8k"]["MAX_PROMPT_TOKENS"] + configs.PRESETS["gsm8k"]["MAX_COMPLETION_TOKENS"]
+    assert cache == pytest.approx(
+        configs.PRESETS["gsm8k"]["SAMPLED_AT_ONCE"] * tokens * 28 * 8 * 128 * 6 / 1e9, abs=0.05
+    )
+
+
+SIXTEEN = "Qwen3-0.6B on 16 GB"
 SHARED_FLAGS = (
     "max-steps seed output-dir resume preset group-size batch-size micro-batch-tokens policy-model reward-model "
     "prompts learning-rate max-completion-tokens policy-device ref-device reward-device lora-rank prompt-column "

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import warnings
 
 import datasets
+import peft
 import pytest
 import tokenizers
 import torch
@@ -46,9 +48,7 @@ ARCHITECTURES = {
 
 
 def gsm8k_rows(count):
-    """Rows of GSM8K where it is at hand, else rows like them."""
-    if GSM8K.is_file():
-        return [json.loads(line) for line in GSM8K.read_text().splitlines()[:count]]
+    """Rows in the form of GSM8K's, the same on every machine."""
     return [
         {
             "question": f"Ann has {i} pens and buys {i + 2} more. How many has she?",
@@ -153,8 +153,7 @@ def test_two_steps_on_gsm8k_rows_then_reload_and_generate(model_folder, gsm8k_fi
     assert reloaded.chat_template == tokenizer.chat_template
     for name, value in trainer.policy.named_parameters():
         assert torch.equal(dict(model.named_parameters())[name], value)
-    ids = torch.tensor([trainer.eval_rows[0]["prompt_ids"]])
-    assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4).shape[1] > ids.shape[1]
+    assert generates(model, trainer)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -179,10 +178,75 @@ def test_lora_trains_the_adapter_alone_and_final_holds_it_merged(model_folder, g
     folder = trainer.run.folder
     assert (folder / "checkpoints/step-1/adapter_config.json").is_file()
     assert (folder / "checkpoints/step-1/adapter_model.safetensors").stat().st_size < 50_000
+    assert not list(folder.rglob("README.md"))  # peft's form, which nobody has filled in
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder / "final", output_loading_info=True)
     assert not any(info.values())
     torch.testing.assert_close(trainer.compute_log_probs(model.eval(), rollouts), now, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(trainer.compute_log_probs(trainer.policy, rollouts), now, rtol=1e-4, atol=1e-5)
+    assert generates(model, trainer) and not (folder / "final/adapter_config.json").exists()
+
+
+def generates(model, trainer):
+    """What a model makes of the first held-out prompt, by its own generate()."""
+    ids = torch.tensor([trainer.eval_rows[0]["prompt_ids"]])
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers to peft
+def test_without_merging_final_is_the_adapter_alone(model_folder, gsm8k_files):
+    constants = {"LORA_RANK": 4, "LEARNING_RATE": 0.05, "MERGE_LORA": False}
+    trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, **constants)
+    trainer.train()
+    final = trainer.run.folder / "final"
+    assert (final / "adapter_config.json").is_file() and not (final / "model.safetensors").exists()
+    assert not (final / "README.md").exists()
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder("qwen3"))
+    model = peft.PeftModel.from_pretrained(base, final).eval()
+    rollouts = trainer.generate_responses_with_group_sampling(3)
+    expected = trainer.compute_log_probs(trainer.policy, rollouts)
+    torch.testing.assert_close(trainer.compute_log_probs(model.base_model.model, rollouts), expected)
+    assert generates(model, trainer)
+
+
+def test_revision_and_trust_reach_transformers(model_folder, gsm8k_files, monkeypatch):
+    asked = []
+    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer"):
+        kind = getattr(transformers, name)
+
+        def from_pretrained(place, *, name=name, load=kind.from_pretrained, **options):
+            asked.append((name, place, options["revision"], options["trust_remote_code"]))
+            return load(place, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+    constants = {"POLICY_REVISION": "v1", "REWARD_REVISION": "v2", "REWARDS": "reward_model", "KL_COEF": 0.1}
+    policy = model_folder("qwen3")
+    reward = gspo.REWARD_MODEL = str(configs.HERE / gspo.REWARD_MODEL)
+    for trust in (False, True):
+        set_up(gspo, policy, gsm8k_files, **constants, TRUST_REMOTE_CODE=trust)
+        assert sorted(asked) == sorted(
+            [
+                ("AutoModelForCausalLM", policy, "v1", trust),
+                ("AutoModelForCausalLM", policy, "v1", trust),  # the reference
+                ("AutoModelForSequenceClassification", reward, "v2", trust),
+                ("AutoTokenizer", policy, "v1", trust),
+                ("AutoTokenizer", reward, "v2", trust),
+            ]
+        )
+        asked.clear()
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason=f"no {GSM8K}")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_two_steps_on_rows_of_gsm8k_itself(model_folder, tmp_path, script):
+    (tmp_path / "rows.jsonl").write_text("".join(GSM8K.read_text().splitlines(keepends=True)[:40]))
+    script.OVERLONG_FILTER = False  # of dapo.py: a random model seldom ends
+    prompts = {"PROMPTS": str(tmp_path / "rows.jsonl"), "EVAL_PROMPTS": ""}
+    trainer = set_up(script, model_folder("qwen3"), tmp_path, **prompts)
+    assert len(trainer.train_rows) == 38 and trainer.train_rows[0]["answer"].count("#### ") == 1
+    assert trainer.rewards(trainer.train_rows, [row["answer"] for row in trainer.train_rows]) == pytest.approx(
+        [1.2 - 0.5 * len(row["answer"]) / 1000 for row in trainer.train_rows]  # each answer is right by its own rule
+    )
+    assert trainer.train()[2]["reward_failures"] == 0
 
 
 def gradient_of_an_update(trainer):
@@ -253,6 +317,16 @@ def test_a_hub_dataset_is_read_by_configuration_and_split(monkeypatch):
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})] and len(rows) == 3
 
 
+def test_a_split_that_is_not_there_is_one_line(capsys, tmp_path, monkeypatch):
+    def load_dataset(*_, split):
+        raise ValueError(f"Unknown split \"{split}\". Should be one of ['train', 'test'].")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    err = refused(capsys, tmp_path, "--prompts", "nobody/nothing", "--prompts-split", "tomorrow")
+    assert "'nobody/nothing', split 'tomorrow', cannot be loaded: Unknown split" in err and "['train', 'test']" in err
+    assert "check id, configuration, split and network" in err
+
+
 def test_prompts_are_held_out_by_share_and_long_ones_left_out_and_counted(model_folder, gsm8k_files, capsys):
     trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, EVAL_PROMPTS="", EVAL_SHARE=0.25, EVAL_SIZE=99)
     train, held_out = ({row["prompt"] for row in rows} for rows in (trainer.train_rows, trainer.eval_rows))
@@ -268,6 +342,34 @@ def test_prompts_are_held_out_by_share_and_long_ones_left_out_and_counted(model_
     left_out = 18 - len(fewer.train_rows)
     assert left_out == sum(n > lengths[9] for n in lengths) > 0
     assert f"left out {left_out} of 18 prompts" in capsys.readouterr().out
+
+
+def test_the_embedded_task_is_not_what_another_one_is_evaluated_on(model_folder, gsm8k_files, capsys):
+    shipped = [(script.PROMPTS, script.EVAL_PROMPTS) for script in SCRIPTS]
+    assert shipped == [loading.EMBEDDED] * len(SCRIPTS)
+    trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, EVAL_PROMPTS=loading.EMBEDDED[1], EVAL_SIZE=99)
+    questions = {row["question"] for row in gsm8k_rows(24)}
+    assert {row["prompt"] for row in trainer.train_rows + trainer.eval_rows} == questions
+    assert len(trainer.eval_rows) == 1 and len(trainer.train_rows) == 23
+    out = capsys.readouterr().out
+    assert out.count("holding out 5% of PROMPTS") == 1
+    vars(gspo).update(PROMPTS=loading.EMBEDDED[0], PROMPT_COLUMN="prompt")
+    assert len(trainer_of(gspo).train_rows) == 4096 and "holding out" not in capsys.readouterr().out
+
+
+def test_activations_are_computed_again_by_either_name_of_it(model_folder, gsm8k_files, monkeypatch):
+    """transformers has renamed it, and warns of the old name; requirements.txt allows versions with either."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        set_up(gspo, model_folder("qwen3"), gsm8k_files, GRADIENT_CHECKPOINTING=True)
+        set_up(gspo, model_folder("qwen3"), gsm8k_files, GRADIENT_CHECKPOINTING=True, LORA_RANK=2)
+    called = []
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "gradient_checkpointing_enable", lambda *a: called.append(a[1:]), raising=False
+    )
+    monkeypatch.delattr(transformers.PreTrainedModel, "activation_checkpointing_enable", raising=False)
+    set_up(gspo, model_folder("qwen3"), gsm8k_files, GRADIENT_CHECKPOINTING=True)
+    assert called == [({"use_reentrant": False},)]
 
 
 def test_a_reward_model_sees_its_own_template_and_a_cut_is_counted(tokenizer, model_folder):
@@ -395,7 +497,6 @@ def test_bad_data(capsys, tmp_path):
     assert "cannot be read" in refused(capsys, tmp_path, "--prompts", path)
     (tmp_path / "bad.json").write_text('{"prompt": [')
     assert "cannot be read" in refused(capsys, tmp_path, "--prompts", tmp_path / "bad.json")
-    assert "cannot be loaded" in refused(capsys, tmp_path, "--prompts", "nobody/nothing", "--prompts-split", "tomorrow")
 
 
 def test_bad_models(capsys, tmp_path, model_folder):
@@ -419,13 +520,16 @@ def test_bad_models(capsys, tmp_path, model_folder):
 
 
 def test_presets_change_constants_and_say_so(capsys):
+    before = configs.constant_values(vars(gspo))
     configs.apply_overrides(vars(gspo), ["--preset", "gsm8k"])
+    before["PRESET"] = gspo.PRESET
     out = capsys.readouterr().out
     assert gspo.POLICY_MODEL == "Qwen/Qwen3-0.6B" and gspo.CLIP_LOW == 3e-4 and gspo.EVAL_REWARD == "math"
-    for name, (value, _, _) in configs.read_constants(vars(gspo)).items():
-        changed = configs.PRESETS["gsm8k"].get(name, configs.PRESETS["gsm8k"].get(f"gspo.{name}"))
-        if changed is not None and f"preset gsm8k: {name} = " in out:
-            assert value == changed
+    preset = configs.PRESETS["gsm8k"]
+    for name, value in configs.constant_values(vars(gspo)).items():
+        expected = preset.get(f"gspo.{name}", preset.get(name, before[name]))
+        assert value == expected, name
+        assert (f"preset gsm8k: {name} = {expected!r}  (was {before[name]!r})" in out) == (expected != before[name])
     assert "preset gsm8k: CLIP_HIGH = 0.0004  (was 0.04)" in out and "LOSS_DIVISOR" not in out
 
 

@@ -1,19 +1,24 @@
 """What a user watches: the samples' page in a browser, TensorBoard files, evaluation, the self-test."""
 
+import contextlib
 import html.parser
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
 import types
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from conftest import trainer_of
 
 import configs
 import gspo
+import loading
 import metrics
 import page
 
@@ -75,6 +80,39 @@ def test_groups_stand_together_and_a_long_run_shows_its_latest_steps(tmp_path, m
     )
 
 
+def test_neighbouring_groups_of_the_same_prompt_stay_apart(tmp_path):
+    rows = [sample(group=group) for group in (0, 1) for _ in range(3)]
+    classes = [given.get("class") for _, given in Text(write(tmp_path, rows).read_text()).tags]
+    assert classes.count("group") == 2 and classes.count("card up") == 6
+    rows = [sample(prompt=prompt) for prompt in ("p", "q") for _ in range(3)]  # as older runs have them
+    classes = [given.get("class") for _, given in Text(write(tmp_path, rows).read_text()).tags]
+    assert classes.count("group") == 2
+
+
+def test_a_run_numbers_the_groups_of_its_samples(small_script):
+    small_script.SAMPLE_GROUPS, small_script.MAX_STEPS = 3, 1
+    trainer = trainer_of(small_script)
+    trainer.train()
+    samples = [json.loads(line) for line in (trainer.run.folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["group"] for row in samples] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_the_texts_of_tokens_join_to_the_text_of_all_of_them():
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["one two three"], vocab_size=270, special_tokens=["<end>"], show_progress=False)
+    tokenizer, decoded = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<end>"), []
+    text = "naïve 🙂🙃 one 二 two, " * 60  # most characters are two to four tokens
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids: decoded.append(len(ids)) or decode(ids)
+    texts = metrics.token_texts(tokenizer, ids)
+    assert len(texts) == len(ids) > 1000 and "".join(texts) == text + "<end>"
+    assert "🙂" in texts and "二" in texts and not any("\ufffd" in piece for piece in texts)
+    assert sum(decoded) < 16 * len(ids)
+    broken = ids[: ids.index(tokenizer("🙂")["input_ids"][0]) + 2]  # cut within a character
+    assert "".join(metrics.token_texts(tokenizer, broken)) == decode(broken) and decode(broken).endswith("\ufffd")
+
+
 @pytest.mark.parametrize("line", ["{", "[]", json.dumps({"step": 1})])
 def test_a_bad_line_of_samples_is_one_line(tmp_path, capsys, line):
     (tmp_path / "samples.jsonl").write_text(line + "\n")
@@ -84,19 +122,49 @@ def test_a_bad_line_of_samples_is_one_line(tmp_path, capsys, line):
     assert exit_.value.code == 2 and "line 1" in err and err.count("\n") == 1
 
 
+def in_browser(path, tmp_path):
+    """The page as Chromium has it once its scripts, if any, have run."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--window-size=1200,800", "--virtual-time-budget=2000", "--dump-dom", path.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_in_a_browser_a_script_in_a_completion_is_text(tmp_path):
-    path = write(tmp_path, [sample(prompt=NASTY, text=NASTY), sample(text="fine", advantage=-1.0)])
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run(
-        [*command, "--virtual-time-budget=2000", "--dump-dom", path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    shown = Text(done.stdout)
-    assert "<title>owned" not in done.stdout and ": samples</title>" in done.stdout
+    source = in_browser(write(tmp_path, [sample(prompt=NASTY, text=NASTY), sample(text="fine")]), tmp_path)
+    shown = Text(source)
+    assert "<title>owned" not in source and ": samples</title>" in source
     assert NASTY in shown.text and not [tag for tag, _ in shown.tags if tag in ("script", "img")]
+
+
+MEASURE = """<script>
+const seen = {cards: [], tokens: []};
+for (const group of document.querySelectorAll(".group"))
+  seen.cards.push([...group.children].map(card => card.getBoundingClientRect()).map(r => [r.x, r.y, r.right]));
+for (const token of document.querySelectorAll(".text span"))
+  seen.tokens.push(getComputedStyle(token).backgroundColor);
+document.title = JSON.stringify(seen);
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_in_a_browser_a_group_stands_side_by_side_and_its_tokens_are_coloured(tmp_path):
+    changes = [[0.5], [-0.25], [0.0]]
+    rows = [
+        sample(group=group, prompt="p", text=str(i), logp_change=change)
+        for group in (0, 1)
+        for i, change in enumerate(changes)
+    ]
+    path = write(tmp_path, rows)
+    path.write_text(path.read_text().replace("</body>", MEASURE))
+    (title,) = re.findall("<title>(.*)</title>", in_browser(path, tmp_path))
+    seen = json.loads(html.unescape(title))
+    assert [len(cards) for cards in seen["cards"]] == [3, 3]
+    for cards in seen["cards"]:
+        assert len({y for _, y, _ in cards}) == 1  # in one row, each to the right of the one before
+        assert all(right <= x for (_, _, right), (x, _, _) in itertools.pairwise(cards))
+    assert seen["cards"][0][0][1] < seen["cards"][1][0][1]  # the second group below the first
+    assert seen["tokens"] == ["rgba(0, 114, 178, 0.6)", "rgba(213, 94, 0, 0.3)", "rgba(0, 114, 178, 0)"] * 2
 
 
 # ---- Logging elsewhere
@@ -162,15 +230,70 @@ def test_wilsons_interval_is_that_of_the_closed_form():
 
 
 def lines_of(capsys):
-    found = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:4] in ("ok  ", "FAIL")]
-    return {text.split("  ")[0]: (mark, text) for mark, text in found}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:6] in ("ok    ", "FAIL  ", " " * 6)]
+    return {line[6:].split("  ")[0]: (line[:4].strip(), line[6:]) for line in lines}
 
 
 def test_the_selftest_passes_on_the_embedded_task_and_leaves_nothing(small_script, capsys, tmp_path):
     small_script.main(["--selftest"])
     lines = lines_of(capsys)
-    assert len(lines) == 10 and all(mark == "ok" for mark, _ in lines.values())
+    marks = [mark for mark, _ in lines.values()]
+    assert marks == [""] * 2 + ["ok"] * 8  # prompt and completion are for the reader to judge
     assert not (tmp_path / "outputs").exists()
+
+
+def test_the_selftest_passes_with_lora_whose_a_has_no_gradient_at_first(small, capsys):
+    small.main(["--selftest", "--lora-rank", "4"])
+    mark, text = lines_of(capsys)["weights that the step moved"]
+    assert mark == "ok" and "100%" in text and " 0 of " in text
+    trainer = trainer_of(small)
+    next(p for name, p in trainer.policy.named_parameters() if ".lora_B." in name).register_hook(torch.zeros_like)
+    with pytest.raises(SystemExit):
+        gspo.selftest(trainer, vars(small))
+    mark, text = lines_of(capsys)["weights that the step moved"]
+    assert mark == "FAIL" and " 1 of " in text and "lora_B" in text
+
+
+def test_the_selftest_shows_rewards_that_all_fail(small, capsys, monkeypatch):
+    def raising(self, name, rows, texts):
+        return [(0.0, "raised KeyError: 'worth'")] * len(texts)
+
+    monkeypatch.setattr(gspo.Rewards, "_by_rule", raising)
+    monkeypatch.setattr(loading, "check_rules", lambda *_: pytest.fail("that would end it without a table"))
+    with pytest.raises(SystemExit) as exit_:
+        small.main(["--selftest", "--rewards", "exact_match"])
+    lines = lines_of(capsys)
+    assert exit_.value.code == 1 and lines["rewards"][0] == "FAIL" and "'worth'" in lines["rewards"][1]
+    assert lines["weights that the step moved"][0] == "ok"  # the other lines are there all the same
+
+
+def test_the_selftest_sums_rewards_per_token(small, capsys, monkeypatch, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(configs.HERE / gspo.REWARD_MODEL)
+    torch.manual_seed(0)
+    transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(tmp_path / "scorer")
+    transformers.AutoTokenizer.from_pretrained(configs.HERE / gspo.POLICY_MODEL).save_pretrained(tmp_path / "scorer")
+    flags = ["--no-use-sequence-level-reward", "--ratio-level", "sequence_token", "--rewards", "reward_model"]
+    small.main(["--selftest", *flags, "--reward-model", str(tmp_path / "scorer")])
+    mark, text = lines_of(capsys)["rewards"]
+    assert mark == "ok" and "first " in text and "reward_model " in text
+
+
+@pytest.mark.parametrize(("share", "mark"), [(0.85, "FAIL"), (0.95, "ok")])
+def test_the_selftest_asks_that_a_step_move_nine_tenths_of_the_weights(small, capsys, share, mark):
+    trainer, step = trainer_of(small), torch.optim.AdamW.step
+    generator = torch.Generator().manual_seed(0)
+
+    def partly(*_):
+        before = [parameter.detach().clone() for parameter in trainer.trained]
+        step(trainer.optimizer)
+        with torch.no_grad():
+            for parameter, old in zip(trainer.trained, before, strict=True):
+                parameter.copy_(torch.where(torch.rand(old.shape, generator=generator) < share, parameter, old))
+
+    trainer.optimizer.step = partly
+    with contextlib.suppress(SystemExit):
+        gspo.selftest(trainer, vars(small))
+    assert lines_of(capsys)["weights that the step moved"][0] == mark
 
 
 def test_the_selftest_shows_what_is_wrong(small, capsys, monkeypatch):

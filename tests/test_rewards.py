@@ -1,13 +1,18 @@
 """Rule rewards: what the shipped ones say, and that no rule, whatever it does, takes a run with it."""
 
+import functools
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 import configs
 import gspo
+import loading
 import rewards
 
 RULES = """
@@ -92,10 +97,90 @@ def test_the_server_is_started_again_where_it_has_died(rules):
     assert scorer([row(0.75)], ["fine"]) == [0.75]
 
 
+def test_timeouts_in_the_last_chunks_of_a_request_do_not_keep_the_next_from_being_answered(rules, monkeypatch):
+    """The processes that took too long are replaced while the server already waits for its next request."""
+    monkeypatch.setattr(rewards, "START", 5.0)
+    scorer = rewards.Rewards({"rule": 1.0}, file=rules)
+    server = rewards._server_of(str(rules))
+    scorer([row()], ["fine"])
+    first = server.process
+    for _ in range(3):
+        assert scorer([row()] * 6, ["fine"] * 4 + ["hang"] * 2) == [0.5] * 4 + [0.0] * 2
+        time.sleep(0.4)  # as a step's other phases do
+    assert server.process is first
+
+
+def test_a_server_that_does_not_answer_is_ended_and_asked_again_and_then_named(rules, monkeypatch):
+    scorer = rewards.Rewards({"rule": 1.0}, file=rules)
+    scorer([row()], ["fine"])
+    first = rewards._server_of(str(rules)).process
+    os.kill(first.pid, signal.SIGSTOP)  # it neither reads nor writes nor ends
+    monkeypatch.setattr(rewards, "START", 0.2)
+    monkeypatch.setattr(rewards, "SECONDS", 0.0)
+    with pytest.raises(configs.InputError, match="rule, a rule of .*rules.py, gave no answer in 0 s; make it faster"):
+        scorer([row()] * 20_000, ["fine"] * 20_000)  # more than a pipe holds: it is not even read
+    assert first.returncode == -signal.SIGKILL
+    monkeypatch.undo()
+    assert scorer([row(0.75)], ["fine"]) == [0.75]
+
+
 def test_rules_that_do_not_load_are_one_line(tmp_path):
     (tmp_path / "bad.py").write_text("def rule(:")
     with pytest.raises(configs.InputError, match="do not load"):
         rewards.Rewards({"rule": 1.0}, file=tmp_path / "bad.py")([row()], ["fine"])
+
+
+# ---- Rules as people add them
+
+
+def test_a_rule_with_other_parameters_is_told_which_it_must_take(monkeypatch):
+    def typed(question, text, row):
+        return 1.0
+
+    def scaled(prompt, completion, row, scale=2.0):
+        return 1.0
+
+    for function, takes in ((typed, "question, text, row"), (scaled, "prompt, completion, row, scale")):
+        function.__module__ = "rewards"
+        monkeypatch.setattr(rewards, function.__name__, function, raising=False)
+        with pytest.raises(configs.InputError) as error:
+            rewards.find_reward(function.__name__, "REWARDS")
+        assert f"takes ({takes}); a rule must take (prompt, completion, row)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [("row['worth']", "raised KeyError: 'worth'"), ("'good'", "returned 'good'"), ("nothing", "raised NameError")],
+)
+def test_a_rule_that_scores_nothing_is_refused_before_there_is_a_folder(
+    small, tmp_path, monkeypatch, capsys, body, words
+):
+    text = f"from rewards import exact_match\n\ndef length(prompt, completion, row):\n    return {body}\n"
+    (tmp_path / "rules.py").write_text(text)
+    monkeypatch.setattr(loading, "check_rules", functools.partial(rewards.check_rules, file=tmp_path / "rules.py"))
+    for flags in (["--rewards", "exact_match, length"], ["--rewards", "exact_match", "--eval-reward", "length"]):
+        with pytest.raises(SystemExit) as exit_:
+            gspo.main(flags)
+        err = capsys.readouterr().err
+        assert exit_.value.code == 2 and f"length, a rule of {tmp_path}/rules.py, {words}" in err and "mend it" in err
+        assert not (tmp_path / "outputs").exists()
+
+
+def test_a_rule_that_scores_some_completions_is_not_refused(tmp_path):
+    (tmp_path / "rules.py").write_text(
+        "def rule(prompt, completion, row):\n    return len(completion.split('####')[1])"
+    )
+    rewards.check_rules({"rule"}, row(), tmp_path / "rules.py")
+
+
+def test_a_syntax_error_in_the_rules_is_one_line(tmp_path):
+    for path in configs.HERE.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text())
+    (tmp_path / "rewards.py").write_text("def rule(prompt, completion, row)\n    return 1.0\n")
+    command = [sys.executable, str(tmp_path / "gspo.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"gspo.py: error: {tmp_path}/rewards.py, line 1: expected ':'; mend it there\n"
 
 
 def test_a_reward_model_that_returns_nan_is_a_failure_like_any_other():

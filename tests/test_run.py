@@ -15,6 +15,7 @@ import configs
 import gspo
 import loading
 import plotting
+import runs
 
 METRICS = (
     "step policy_loss entropy_loss kl_loss reward relative_advantage kl_divergence kl_coef avg_response_length "
@@ -215,7 +216,7 @@ def test_the_learning_rate_warms_up_and_decays(small):
     assert rates["cosine"][7] == pytest.approx(0.5) and 0 < rates["cosine"][9] < 0.1
 
 
-def test_warnings_where_constants_cannot_work(small, capsys):
+def test_warnings_where_constants_cannot_work(small, capsys, monkeypatch):
     small.GSPO_EPOCHS = small.MINI_BATCHES = 1
     small.TOP_P = 0.9
     small.GSPOTrainer().train()
@@ -225,7 +226,24 @@ def test_warnings_where_constants_cannot_work(small, capsys):
     small.GSPOTrainer().train()
     captured = capsys.readouterr()
     assert "one update per rollout" not in captured.out
-    assert "the clip never acted" in captured.out + captured.err
+    assert "the clip never acted" not in captured.out + captured.err  # in two steps it need not
+    monkeypatch.setattr(runs, "IDLE_CLIP_STEPS", 2)
+    small.GSPOTrainer().train()
+    captured = capsys.readouterr()
+    assert "in 2 steps the ratio" in captured.out + captured.err and "the clip never acted" in captured.out
+    assert runs.idle_clip([{"clip_fraction": 0.1, "updates": 2}]) is None
+
+
+def test_the_summary_shows_long_prompts_and_answers_in_brief(small, tmp_path, capsys):
+    rows = [{"prompt": f"{i}+{i}=", "answer": "one\nstep\nafter " * 20 + "#### 7"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small.PROMPTS = small.EVAL_PROMPTS = str(tmp_path / "rows.jsonl")
+    small.MAX_STEPS, small.REWARDS = 1, "length"
+    small.GSPOTrainer().train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "(answer " in line]
+    assert len(lines) == 3 and all("(answer one step after one" in line and line.endswith(" ...)") for line in lines)
+    assert max(map(len, lines)) < 120
+    assert runs._brief("字" * 200) == "字" * 76 + " ..." and runs._brief("a\n b") == "a b"
 
 
 # ---- Pictures
