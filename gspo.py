@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 import configs
 from attention import GrowingCache, Packing
 from configs import InputError
+from decoding import decoder_of
 from loading import load_all
 from metrics import samples_of, speed_metrics, step_metrics
 from rewards import Rewards, find_reward, parse_rewards
@@ -487,6 +488,7 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
     logps = torch.zeros(batch, steps, device=device)
     completion_lengths = torch.zeros(batch, dtype=torch.long, device=device)
     with autocast(device):
+        decode = decoder_of(model)
         cache, seen = GrowingCache(width + steps), visible[:, None, None, :width]  # (prompts, 1, 1, P)
         hidden = model.base_model(
             input_ids=prompt_ids,
@@ -514,13 +516,7 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
                 place, tokens, running, visible, next_position = (
                     x[keep] for x in (place, tokens, running, visible, next_position)
                 )
-            hidden = model.base_model(
-                input_ids=tokens[:, None],
-                attention_mask=visible[:, None, None, : width + t + 1],
-                position_ids=next_position[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]  # (rows, H)
+            hidden = decode(tokens, next_position, cache, visible[:, : width + t + 1])  # (rows, H)
             next_position = next_position + 1
 
     truncated = torch.zeros(batch, dtype=torch.bool, device=device)

@@ -4,6 +4,8 @@ import pytest
 import torch
 import transformers
 
+import attention
+import decoding
 import gspo
 
 EOS, OTHER_EOS, PAD, VOCABULARY = 1, 2, 0, 20
@@ -84,6 +86,29 @@ def test_a_row_is_the_same_alone_and_in_a_left_padded_batch(model):
         torch.testing.assert_close(together.sampled_logps[i, :n], alone.sampled_logps[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen2", "Llama", "Qwen3Moe"])
+def test_the_decoders_step_is_the_models(name):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64, "initializer_range": 0.3}
+    other = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    for weight in other.parameters():
+        if weight.dim() == 1:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)  # of norms and biases, which are 1 and 0 at first
+    assert isinstance(decoding.decoder_of(other), decoding.Decoder) == (name != "Qwen3Moe")
+    ids, visible = torch.randint(0, 50, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
+    visible[0, :4] = False  # padding on the left
+    positions, cache = (visible.cumsum(1) - 1).clamp(min=0), attention.GrowingCache(40)
+    with torch.no_grad():
+        mask = (visible[:, None, None, :8] | torch.eye(8, dtype=torch.bool)).tril()
+        inputs = {"position_ids": positions[:, :8], "past_key_values": cache, "use_cache": True}
+        other.base_model(input_ids=ids[:, :8], attention_mask=mask, **inputs)
+        decode = decoding.decoder_of(other)
+        found = [decode(ids[:, t], positions[:, t], cache, visible[:, : t + 1]) for t in range(8, 12)]
+        whole = other.base_model(input_ids=ids, attention_mask=visible.long(), position_ids=positions).last_hidden_state
+    torch.testing.assert_close(torch.stack(found, 1), whole[:, 8:], rtol=1e-4, atol=1e-5)
+
+
 def test_greedy_completions_are_those_of_generate(model):
     rollouts = sample(model, group_size=2, greedy=True)
     for i, row in enumerate(PROMPTS):
@@ -115,16 +140,14 @@ def test_the_mask_ends_with_the_first_end_of_sequence_whichever_it_is(model):
 
 def test_each_prompt_is_prefilled_once_and_finished_rows_leave(model):
     shapes = []
-    hook = model.base_model.register_forward_pre_hook(
-        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     rollouts = sample(model, group_size=8)
     hook.remove()
     assert shapes[0] == (4, 6)  # four prompts, not thirty-two
-    assert all(width == 1 for _, width in shapes[1:])
+    assert all(len(shape) == 1 for shape in shapes[1:])  # one token of each row
     assert shapes[1][0] == 32 and shapes[-1][0] < 16
     assert len(shapes) == rollouts.completion_lengths.max()
-    assert sum(rows for rows, _ in shapes[1:]) < 1.4 * int(rollouts.completion_lengths.sum())
+    assert sum(rows for (rows,) in shapes[1:]) < 1.4 * int(rollouts.completion_lengths.sum())
 
 
 def test_sampling_repeats_with_its_seed_and_differs_without(model):

@@ -1,0 +1,109 @@
+"""One token of each row through a model, the inner loop of sampling.
+
+The models of transformers spend most of such a step between operations: a small model on a CPU, and any model on a GPU,
+waits for Python and for launches. For the family of Llama and Qwen the same sums are written here with a third of the
+operations: projections that read the same input are one matrix, norms one call, the rotation three. Any other model
+takes the step itself.
+"""
+
+import torch
+from torch.nn import functional as F
+
+FAMILY = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def decoder_of(model):
+    """A function of (tokens (rows,), positions (rows,), cache, seen (rows, tokens so far)) -> hidden states (rows, H).
+
+    It holds the weights as they are now: make a new one after an update.
+    """
+    layers, config = model.base_model, model.config
+    linear = all(type(m) is torch.nn.Linear for m in layers.modules() if hasattr(m, "in_features"))  # no adapters
+    ropes = ("default", "linear", "llama3", "yarn")
+    known = type(model).__name__ in FAMILY and config.hidden_act == "silu" and linear
+    if known and config.rope_parameters["rope_type"] in ropes and not getattr(config, "use_sliding_window", False):
+        return Decoder(model)
+
+    def step(tokens, positions, cache, seen):
+        inputs = {"input_ids": tokens[:, None], "position_ids": positions[:, None], "past_key_values": cache}
+        return layers(**inputs, attention_mask=seen[:, None, None], use_cache=True).last_hidden_state[:, -1]
+
+    return step
+
+
+class Decoder:
+    """The step of a model of the FAMILY."""
+
+    def __init__(self, model):
+        self.model, base = model, model.base_model
+        kind = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
+        self.dtype, self.layers = kind or model.dtype, []
+        for layer in base.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            self.layers.append(
+                {
+                    "input_norm": layer.input_layernorm,
+                    "qkv": self.together(attention.q_proj, attention.k_proj, attention.v_proj),
+                    "head_norm": self.head_norm(attention),
+                    "out": self.together(attention.o_proj),
+                    "mlp_norm": layer.post_attention_layernorm,
+                    "gate_up": self.together(mlp.gate_proj, mlp.up_proj),
+                    "down": self.together(mlp.down_proj),
+                    "scale": attention.scaling,
+                }
+            )
+        self.size = base.layers[0].self_attn.head_dim
+        self.heads, self.pairs = model.config.num_attention_heads, model.config.num_key_value_heads
+        self.angles = None
+
+    def together(self, *projections):
+        """Weights and biases of several projections as one."""
+        weight = torch.cat([p.weight for p in projections]) if len(projections) > 1 else projections[0].weight
+        bias = None if projections[0].bias is None else torch.cat([p.bias for p in projections]).to(self.dtype)
+        return weight.to(self.dtype), bias
+
+    def head_norm(self, attention):
+        """The weights of Qwen3's norms over each head's query and key, (heads + pairs, D), and their epsilon."""
+        if not hasattr(attention, "q_norm"):
+            return None
+        config, norms = self.model.config, (attention.q_norm, attention.k_norm)
+        counts = config.num_attention_heads, config.num_key_value_heads
+        weights = [n.weight.float().expand(count, -1) for n, count in zip(norms, counts, strict=True)]
+        return torch.cat(weights), norms[0].variance_epsilon
+
+    def rotation(self, positions, most):
+        """cos and signed sin of each row's angles, (rows, 1, D) each."""
+        if self.angles is None:
+            every = torch.arange(most, device=positions.device)[None]
+            cos, sin = self.model.base_model.rotary_emb(torch.zeros(1, device=positions.device), every)
+            sin = torch.cat([-sin[..., : self.size // 2], sin[..., self.size // 2 :]], -1)
+            self.angles = torch.stack([cos[0], sin[0]]).to(self.dtype)  # (2, most, D)
+        cos, sin = self.angles[:, positions]
+        return cos[:, None], sin[:, None]
+
+    def __call__(self, tokens, positions, cache, seen):
+        rows, heads, pairs, size = len(tokens), self.heads, self.pairs, self.size
+        hidden = self.model.base_model.embed_tokens(tokens)  # (rows, H)
+        cos, sin = self.rotation(positions, cache.most)
+        seen = seen[:, None, None]  # (rows, 1, 1, tokens so far)
+        for number, layer in enumerate(self.layers):
+            states = F.linear(norm(hidden, layer["input_norm"]).to(self.dtype), *layer["qkv"]).view(rows, -1, size)
+            turned, value = states[:, : heads + pairs], states[:, heads + pairs :]  # queries and keys turn alike
+            if layer["head_norm"]:
+                weight, eps = layer["head_norm"]
+                turned = (F.rms_norm(turned.float(), (size,), eps=eps) * weight).to(self.dtype)
+            halves = torch.cat((turned[..., size // 2 :], turned[..., : size // 2]), -1)
+            turned = torch.addcmul(turned * cos, halves, sin)
+            query, key = turned.split((heads, pairs), 1)
+            keys, values = cache.update(key[:, :, None], value[:, :, None], number)
+            grouped = query.reshape(rows, pairs, heads // pairs, size)  # heads that share keys as queries of one head
+            mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=layer["scale"])
+            hidden = hidden + F.linear(mixed.reshape(rows, -1), *layer["out"])
+            gate, up = F.linear(norm(hidden, layer["mlp_norm"]).to(self.dtype), *layer["gate_up"]).chunk(2, 1)
+            hidden = hidden + F.linear(F.silu(gate) * up, *layer["down"])
+        return norm(hidden, self.model.base_model.norm)
+
+
+def norm(states, module):
+    """What an RMSNorm of transformers computes, in float32 inside."""
+    return F.rms_norm(states.float(), states.shape[-1:], module.weight.float(), module.variance_epsilon)
