@@ -320,6 +320,7 @@ def test_on_another_device_rewards_and_reference_overlap_the_policys_own_pass(sm
     monkeypatch.setattr(
         small.GSPOTrainer, "compute_old_logps", lambda self, rollouts: self.compute_log_probs(self.policy, rollouts)
     )
+    monkeypatch.setattr(small.GSPOTrainer, "sampler_gap", lambda self, rollouts: 0.0)  # a third pass, after both
     trainer = small.GSPOTrainer()
     assert trainer.worker is None  # one device: in turn
     expected = trainer.train_step(1)
