@@ -90,7 +90,12 @@ class GrowingCache:
         return self.lengths[layer] if layer < len(self.lengths) else 0
 
     def update(self, key, value, layer, *_, **__):
-        """Adds a layer's new keys and values and returns all of them."""
+        """Adds a layer's new keys and values and returns all of them.
+
+        Under autocast keys come in float32, for a norm or rotation is the last that they went through, and would be
+        cast for each product with a query again; they are kept in the dtype of the values.
+        """
+        key = key.to(value.dtype)
         if layer == len(self.layers):
             self.layers.append((key[:, :, :0], value[:, :, :0]))
             self.lengths.append(0)

@@ -77,7 +77,7 @@ class Decoder:
             every = torch.arange(most, device=positions.device)[None]
             cos, sin = self.model.base_model.rotary_emb(torch.zeros(1, device=positions.device), every)
             sin = torch.cat([-sin[..., : self.size // 2], sin[..., self.size // 2 :]], -1)
-            self.angles = torch.stack([cos[0], sin[0]]).to(self.dtype)  # (2, most, D)
+            self.angles = torch.stack([cos[0], sin[0]]).float()  # (2, most, D)
         cos, sin = self.angles[:, positions]
         return cos[:, None], sin[:, None]
 
@@ -85,19 +85,23 @@ class Decoder:
         rows, heads, pairs, size = len(tokens), self.heads, self.pairs, self.size
         hidden = self.model.base_model.embed_tokens(tokens)  # (rows, H)
         cos, sin = self.rotation(positions, cache.most)
-        seen = seen[:, None, None]  # (rows, 1, 1, tokens so far)
+        bias = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, -torch.inf)
+        bias = bias[:, None, None]  # (rows, 1, 1, tokens so far); once, not from the mask in each layer
         for number, layer in enumerate(self.layers):
             states = F.linear(norm(hidden, layer["input_norm"]).to(self.dtype), *layer["qkv"]).view(rows, -1, size)
-            turned, value = states[:, : heads + pairs], states[:, heads + pairs :]  # queries and keys turn alike
+            turned, value = (
+                states[:, : heads + pairs].float(),
+                states[:, heads + pairs :],
+            )  # queries and keys turn alike
             if layer["head_norm"]:
                 weight, eps = layer["head_norm"]
-                turned = (F.rms_norm(turned.float(), (size,), eps=eps) * weight).to(self.dtype)
+                turned = F.rms_norm(turned, (size,), eps=eps) * weight
             halves = torch.cat((turned[..., size // 2 :], turned[..., : size // 2]), -1)
-            turned = torch.addcmul(turned * cos, halves, sin)
+            turned = torch.addcmul(turned * cos, halves, sin).to(self.dtype)
             query, key = turned.split((heads, pairs), 1)
             keys, values = cache.update(key[:, :, None], value[:, :, None], number)
             grouped = query.reshape(rows, pairs, heads // pairs, size)  # heads that share keys as queries of one head
-            mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=layer["scale"])
+            mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=layer["scale"])
             hidden = hidden + F.linear(mixed.reshape(rows, -1), *layer["out"])
             gate, up = F.linear(norm(hidden, layer["mlp_norm"]).to(self.dtype), *layer["gate_up"]).chunk(2, 1)
             hidden = hidden + F.linear(F.silu(gate) * up, *layer["down"])

@@ -30,18 +30,17 @@ Run:   python grpo.py                     the embedded task, on any machine
 import hashlib
 import math
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 import configs
 from attention import GrowingCache, Packing
-from configs import InputError
 from decoding import decoder_of
+from fits import Fits
+from kernels import TokenLogps, invert_cumulative
 from loading import load_all
 from metrics import samples_of, speed_metrics, step_metrics
 from rewards import Rewards, find_reward, parse_rewards
@@ -316,34 +315,6 @@ def micro_batches(lengths, token_budget):
         yield torch.stack(batch)
 
 
-class TokenLogps(torch.autograd.Function):
-    """log π of targets (tokens,) from logits (tokens, V), and the entropy there: both (tokens,).
-
-    As log_softmax with gather, and −Σ p log p, but the one large tensor that is kept becomes the gradient in its place:
-    with a large vocabulary the passes over memory cost as much as the matrix products.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets, with_entropy):
-        log_probs = logits.log_softmax(-1)
-        logps, entropy = log_probs.gather(1, targets[:, None]), None
-        if with_entropy:
-            entropy = -(log_probs.exp() * log_probs).sum(-1, keepdim=True)
-        ctx.save_for_backward(log_probs, targets, entropy)
-        return logps.squeeze(1), torch.zeros_like(logps).squeeze(1) if entropy is None else entropy.squeeze(1)
-
-    @staticmethod
-    def backward(ctx, grad, grad_entropy):
-        """d log π_a / d logit_v = [v = a] − p_v, and d H / d logit_v = −p_v (log p_v + H)."""
-        log_probs, targets, entropy = ctx.saved_tensors
-        if entropy is None:
-            grad_logits = log_probs.exp_().mul_(-grad[:, None])
-        else:
-            probs = log_probs.exp()
-            grad_logits = log_probs.add_(entropy).mul_(-grad_entropy[:, None]).sub_(grad[:, None]).mul_(probs)
-        return grad_logits.scatter_add_(1, targets[:, None], grad[:, None]), None, None
-
-
 def token_logps(hidden, targets, head, with_entropy):
     """log π of targets (tokens,) from their hidden states (tokens, H), and the entropy there or, unasked, zeros."""
     logits = head(hidden).float()  # (tokens, V)
@@ -425,22 +396,8 @@ def sample_tokens(logits, uniform):
             ranked, order = probs.sort(-1, descending=True)
             outside = ranked.cumsum(-1) - ranked >= TOP_P  # the most likely token always stays
             probs = probs.scatter(-1, order, ranked.masked_fill(outside, 0.0))
-        size = min(256, probs.shape[1])  # first a block of tokens, then the token in it: a sum over V costs the most
-        blocks = pad(probs, (0, -probs.shape[1] % size)).unflatten(1, (-1, size))  # (rows, V / size, size)
-        block, rest = invert(blocks.sum(-1), uniform)
-        token, _ = invert(blocks[torch.arange(len(blocks), device=block.device), block], rest)
-        tokens = size * block + token
+        tokens = invert_cumulative(probs, uniform)
     return tokens, full.gather(1, tokens[:, None]).squeeze(1).log()
-
-
-def invert(weights, uniform):
-    """Where a cumulative sum over weights (rows, n) passes uniform, in [0, 1), of its total, and how far into it."""
-    cumulative = weights.double().cumsum(1)
-    point = uniform[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, point, right=True).clamp(max=weights.shape[1] - 1)  # (rows, 1)
-    weight = weights.double().gather(1, index)
-    into = (point - (cumulative.gather(1, index) - weight)) / weight
-    return index.squeeze(1), into.squeeze(1).clamp(0, 1 - 2**-53)
 
 
 def steps_between_looks(device):
@@ -470,9 +427,8 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
     completion_ids = torch.full((batch, steps), pad_id, device=device)
     logps = torch.zeros(batch, steps, device=device)
     completion_lengths = torch.zeros(batch, dtype=torch.long, device=device)
+    cache, seen = GrowingCache(width + steps), visible[:, None, None, :width]  # (prompts, 1, 1, P)
     with autocast(device):
-        decode = decoder_of(model)
-        cache, seen = GrowingCache(width + steps), visible[:, None, None, :width]  # (prompts, 1, 1, P)
         hidden = model.base_model(
             input_ids=prompt_ids,
             attention_mask=(seen | torch.eye(width, dtype=torch.bool, device=device)).tril(),  # (prompts, 1, P, P)
@@ -480,10 +436,12 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]  # (prompts, H)
-        place = torch.arange(batch, device=device)  # where each row of the shrinking batch belongs
-        cache.select(place // group_size)
-        hidden, visible, next_position = (x[place // group_size] for x in (hidden, visible, next_position))
-        running = torch.ones(batch, dtype=torch.bool, device=device)
+    place = torch.arange(batch, device=device)  # where each row of the shrinking batch belongs
+    cache.select(place // group_size)
+    hidden, visible, next_position = (x[place // group_size] for x in (hidden, visible, next_position))
+    running = torch.ones(batch, dtype=torch.bool, device=device)
+    with autocast(device):  # another one: each keeps copies of the weights until it ends
+        decode = decoder_of(model)
         for t in range(steps):
             logits = model.get_output_embeddings()(hidden)  # (rows, V)
             tokens, logps[place, t] = sample_tokens(logits, None if uniform is None else uniform[place, t])
@@ -557,7 +515,7 @@ class GRPOTrainer:
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
-        self.halvings = Counter()  # of what goes through a model at once, for lack of memory
+        self.fits = Fits()  # halves what goes through a model at once where memory runs out
         self.metrics_history, self.samples, self.skipped = [], [], []
         self.run = None  # made by train(), so that a run that never started leaves nothing behind
 
@@ -583,22 +541,7 @@ class GRPOTrainer:
                 parts.append(sample_completions(self.policy, self.tokenizer, self.eos_ids, *part))
             return parts[0] if len(parts) == 1 else join(parts)
 
-        return self.as_fits("sampling", SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE, sample_in_parts)
-
-    def as_fits(self, purpose, most, work):
-        """work(most); where memory runs out, again with half of it, from then on. What is computed stays the same."""
-        while True:
-            size = max(1, most >> self.halvings[purpose])
-            try:
-                return work(size)
-            except torch.OutOfMemoryError as error:
-                if size == 1:
-                    raise InputError(
-                        f"out of memory in {purpose} with one completion at a time ({error}); use a smaller model, "
-                        "--lora-rank, --gradient-checkpointing or a lower --max-completion-tokens"
-                    ) from None
-            self.halvings[purpose] += 1
-            torch.cuda.empty_cache()
+        return self.fits("sampling", SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE, sample_in_parts)
 
     def compute_rewards(self, rollouts):
         """The weighted sum of REWARDS, (B,); where the reward model scores tokens (B, T), other rewards on the last."""
@@ -619,7 +562,7 @@ class GRPOTrainer:
                 logps[part.to(model.device)], _ = completion_logps(model, rollouts, rows[part])
             return logps
 
-        return self.as_fits("log-probs", MICRO_BATCH_TOKENS, compute)
+        return self.fits("log-probs", MICRO_BATCH_TOKENS, compute)
 
     def compute_old_logps(self, rollouts):
         """log π_old, of the policy that sampled: (B, T). It is the policy as it stands, before the step's updates.
@@ -654,7 +597,7 @@ class GRPOTrainer:
             moving = advantages.view(len(advantages), -1).any(1).cpu()[rows]
             rows = rows[moving] if moving.any() else rows[:1]
         batch = (rollouts, rows, total, old_logps, ref_logps, advantages)
-        logps, stats = self.as_fits("updates", MICRO_BATCH_TOKENS, lambda budget: self.compute_gradient(*batch, budget))
+        logps, stats = self.fits("updates", MICRO_BATCH_TOKENS, lambda budget: self.compute_gradient(*batch, budget))
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
         if stats["grad_norm"].isfinite():
             self.optimizer.step()
@@ -757,7 +700,7 @@ class GRPOTrainer:
             "completion_tokens": tokens,
             "avg_response_length": tokens / len(rollouts.texts),
             "truncated": rollouts.truncated.double().mean().item(),
-            "memory_halvings": self.halvings.total(),
+            "memory_halvings": self.fits.halvings.total(),
         }
 
     # -- Around the steps

@@ -19,6 +19,7 @@ import tokenizers
 import torch
 import transformers
 
+import configs
 import dapo
 import grpo
 import gspo
@@ -537,7 +538,16 @@ PLACES = [
     row("a logger not installed", dapo, ["--wandb-project", "x"], "WANDB_PROJECT", "pip install", marks=(no_wandb,)),
 ]
 
-ROWS = [*FLAGS, *CONSTANTS, *DATA, *MODELS, *TOKENIZERS, *REWARDS, *PLACES]
+KINDS = {
+    "flags": FLAGS,
+    "constants": CONSTANTS,
+    "prompts": DATA,
+    "models": MODELS,
+    "tokenizers and templates": TOKENIZERS,
+    "rewards": REWARDS,
+    "devices and folders": PLACES,
+}
+ROWS = [row for rows in KINDS.values() for row in rows]
 
 
 def set_up(row, folder, made):
@@ -587,3 +597,10 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path, file):
     (tmp_path / file).write_bytes(json.dumps(GOOD).encode("utf-8-sig"))
     (row,) = load_prompts(str(tmp_path / file), "PROMPTS", "prompt", "answer")
     assert (row["prompt"], row["answer"]) == ("1+1=", "2")
+
+
+def test_docs_list_what_the_table_holds():
+    page = (configs.HERE / "docs" / "reliability.md").read_text()
+    for kind, rows in KINDS.items():
+        names = "; ".join(row.name for row in rows)
+        assert f"| {kind} | {len(rows)} | {names} |" in page, f"docs/reliability.md: | {kind} | {len(rows)} | {names} |"

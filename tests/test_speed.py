@@ -6,6 +6,7 @@ from conftest import trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gspo
+import kernels
 
 
 class Passes:
@@ -102,7 +103,7 @@ def test_the_gradient_of_the_log_probs_is_that_of_log_softmax():
     for with_entropy in (True, False):
         log_probs = logits.log_softmax(-1)
         naive = log_probs.gather(1, targets[:, None]).squeeze(1), -(log_probs.exp() * log_probs).sum(-1) * with_entropy
-        found = gspo.TokenLogps.apply(logits, targets, with_entropy)
+        found = kernels.TokenLogps.apply(logits, targets, with_entropy)
         expected = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, naive, strict=True)), logits)
         gradient = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, found, strict=True)), logits)
         torch.testing.assert_close(found, naive)

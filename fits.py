@@ -1,0 +1,32 @@
+"""What to do where memory runs out."""
+
+from collections import Counter
+
+import torch
+
+from configs import InputError
+
+
+class Fits:
+    """Does work with as much at once as memory holds."""
+
+    def __init__(self):
+        self.halvings = Counter()  # by purpose, since the run began
+
+    def __call__(self, purpose, most, work):
+        """work(most); where memory runs out, again with half of it, from then on. What is computed stays the same.
+
+        Raises InputError where memory runs out with a single one.
+        """
+        while True:
+            size = max(1, most >> self.halvings[purpose])
+            try:
+                return work(size)
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise InputError(
+                        f"out of memory in {purpose} with one completion at a time ({error}); use a smaller model, "
+                        "--lora-rank, --gradient-checkpointing or a lower --max-completion-tokens"
+                    ) from None
+            self.halvings[purpose] += 1
+            torch.cuda.empty_cache()
