@@ -56,6 +56,10 @@ def test_every_flag_named_exists(page):
         "benchmarks/memory",
         "benchmarks/seeds",
         "benchmarks/compare",
+        "benchmarks/crash",
+        "benchmarks/against_trl",
+        "benchmarks/rollouts",
+        "benchmarks/scaling",
         "data/make_arithmetic",
     ]:
         known |= flags_of(program)
@@ -86,6 +90,8 @@ RUN_FOLDER = {
     "skipped.jsonl",
     "config.json",
     "metrics.png",
+    "checkpoint.json",
+    "profile.json.gz",
 }
 
 
