@@ -105,7 +105,7 @@ class Decoder:
             hidden = hidden + F.linear(mixed.reshape(rows, -1), *layer["out"])
             gate, up = F.linear(norm(hidden, layer["mlp_norm"]).to(self.dtype), *layer["gate_up"]).chunk(2, 1)
             hidden = hidden + F.linear(F.silu(gate) * up, *layer["down"])
-        return norm(hidden, self.model.base_model.norm)
+        return norm(hidden, self.model.base_model.norm).to(self.model.dtype)
 
 
 def norm(states, module):
