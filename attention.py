@@ -54,7 +54,7 @@ class Packing:
 
     def packed(self, states):
         """(rows, heads, width, D) -> (1, N, heads, D)"""
-        return states.transpose(1, 2).flatten(0, 1)[self.place][None]
+        return states.transpose(1, 2).flatten(0, 1).index_select(0, self.place)[None]
 
 
 def attention(module, query, key, value, attention_mask, packing=None, sliding_window=None, **options):

@@ -1,5 +1,7 @@
-"""What to do where memory runs out."""
+"""What to do where memory runs out, and with what is freed."""
 
+import contextlib
+import ctypes
 from collections import Counter
 
 import torch
@@ -12,6 +14,7 @@ class Fits:
 
     def __init__(self):
         self.halvings = Counter()  # by purpose, since the run began
+        keep_freed_memory()
 
     def __call__(self, purpose, most, work):
         """work(most); where memory runs out, again with half of it, from then on. What is computed stays the same.
@@ -30,3 +33,12 @@ class Fits:
                     ) from None
             self.halvings[purpose] += 1
             torch.cuda.empty_cache()
+
+
+def keep_freed_memory():
+    """Tells glibc to keep large blocks that are freed, for the next pass asks for as much: new pages take time."""
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another library, or another system
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)

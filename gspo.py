@@ -29,9 +29,12 @@ Run:   python gspo.py                     the embedded task, on any machine
 
 import hashlib
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads wait without holding cores others could use
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -106,7 +109,7 @@ LR_SCHEDULE = "linear"  # after the warm-up: "constant", or "linear" or "cosine"
 WARMUP_STEPS = 5  # steps of linear warm-up
 WEIGHT_DECAY = 0.0  # AdamW's
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
-MICRO_BATCH_TOKENS = 1024  # tokens per forward pass, padding included; more is faster on a GPU, less saves memory
+MICRO_BATCH_TOKENS = 2048  # tokens per forward pass; more is faster on a GPU, less saves memory
 LOGITS_AT_ONCE = 2**26  # logits alive at once in training, tokens x vocabulary: a quarter of a GB
 GRADIENT_CHECKPOINTING = False  # compute activations again in the backward pass instead of keeping them
 
@@ -355,7 +358,7 @@ def completion_logps(model, rollouts, rows, with_entropy=False):
     targets = inputs["input_ids"][0, position]
     with autocast(device):
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # (N, H)
-        hidden = hidden[position - 1]  # (tokens, H)
+        hidden = hidden.index_select(0, position - 1)  # (tokens, H)
         size, parts = max(1, LOGITS_AT_ONCE // head.weight.shape[0]), []
         for chunk in zip(hidden.split(size), targets.split(size), strict=True):
             if len(targets) <= size:
@@ -457,7 +460,7 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
     cache.select(place // group_size)
     hidden, visible, next_position = (x[place // group_size] for x in (hidden, visible, next_position))
     running = torch.ones(batch, dtype=torch.bool, device=device)
-    with autocast(device):  # another one: each keeps copies of the weights until it ends
+    with torch.inference_mode(), autocast(device):  # another autocast: each keeps copies of the weights until it ends
         decode = decoder_of(model)
         for t in range(steps):
             logits = model.get_output_embeddings()(hidden)  # (rows, V)

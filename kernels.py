@@ -7,29 +7,39 @@ from torch.nn.functional import pad
 class TokenLogps(torch.autograd.Function):
     """log π of targets (tokens,) from logits (tokens, V), and the entropy there: both (tokens,), the second 0 unasked.
 
-    As log_softmax with gather, and −Σ p log p, but the one large tensor that is kept becomes the gradient in its place:
-    with a large vocabulary the passes over memory cost as much as the matrix products.
+    As log_softmax with gather, and −Σ p log p, but logits become log-probs and then the gradient in their own place, in
+    pieces that the cache holds: with a large vocabulary memory costs as much as the matrix products.
     """
 
     @staticmethod
     def forward(ctx, logits, targets, with_entropy):
-        log_probs = logits.log_softmax(-1)
-        logps, entropy = log_probs.gather(1, targets[:, None]), None
-        if with_entropy:
-            entropy = -(log_probs.exp() * log_probs).sum(-1, keepdim=True)
-        ctx.save_for_backward(log_probs, targets, entropy)
-        return logps.squeeze(1), torch.zeros_like(logps).squeeze(1) if entropy is None else entropy.squeeze(1)
+        entropy = logits.new_zeros(len(logits))
+        for piece, piece_entropy in zip(pieces(logits), pieces(entropy, logits), strict=True):
+            piece.copy_(piece.log_softmax(-1))
+            if with_entropy:
+                piece_entropy.copy_((piece.exp() * piece).sum(-1).neg())
+        ctx.save_for_backward(logits, targets, entropy)
+        ctx.with_entropy = with_entropy
+        return logits.gather(1, targets[:, None]).squeeze(1), entropy
 
     @staticmethod
     def backward(ctx, grad, grad_entropy):
         """d log π_a / d logit_v = [v = a] − p_v, and d H / d logit_v = −p_v (log p_v + H)."""
         log_probs, targets, entropy = ctx.saved_tensors
-        if entropy is None:
-            grad_logits = log_probs.exp_().mul_(-grad[:, None])
-        else:
-            probs = log_probs.exp()
-            grad_logits = log_probs.add_(entropy).mul_(-grad_entropy[:, None]).sub_(grad[:, None]).mul_(probs)
-        return grad_logits.scatter_add_(1, targets[:, None], grad[:, None]), None, None
+        grad, rest = grad[:, None], (grad[:, None], grad_entropy[:, None], entropy[:, None])
+        for piece, g, g_entropy, h in zip(pieces(log_probs), *(pieces(x, log_probs) for x in rest), strict=True):
+            if ctx.with_entropy:
+                probs = piece.exp()
+                piece.add_(h).mul_(-g_entropy).sub_(g).mul_(probs)
+            else:
+                piece.exp_().mul_(-g)
+        return log_probs.scatter_add_(1, targets[:, None], grad), None, None
+
+
+def pieces(values, logits=None):
+    """values (tokens, ...) in parts that go with parts of logits: 2 MB on the CPU, 64 MB on a GPU, which wants few."""
+    logits = values if logits is None else logits
+    return values.split(max(1, 2 ** (19 if logits.device.type == "cpu" else 24) // logits.shape[1]))
 
 
 def invert_cumulative(probs, uniform):

@@ -1,5 +1,9 @@
 """What can be held of speed without a clock: how often a model is asked, for how many tokens, and who waits."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import trainer_of
@@ -96,15 +100,35 @@ def test_the_sampler_waits_only_when_it_looks_who_has_ended(small, monkeypatch, 
     assert waits.count <= before_and_after + 2 * (len(shapes) / every + 1)
 
 
-def test_the_gradient_of_the_log_probs_is_that_of_log_softmax():
+@pytest.mark.parametrize("vocabulary", [11, 2**18])  # in one piece, and two tokens at a time
+def test_the_gradient_of_the_log_probs_is_that_of_log_softmax(vocabulary):
     torch.manual_seed(0)
-    targets, weights = torch.randint(0, 11, (7,)), torch.randn(2, 7).double()
-    logits = torch.randn(7, 11, dtype=torch.double, requires_grad=True)
+    targets, weights = torch.randint(0, vocabulary, (7,)), torch.randn(2, 7).double()
+    logits = torch.randn(7, vocabulary, dtype=torch.double, requires_grad=True)
     for with_entropy in (True, False):
         log_probs = logits.log_softmax(-1)
         naive = log_probs.gather(1, targets[:, None]).squeeze(1), -(log_probs.exp() * log_probs).sum(-1) * with_entropy
-        found = kernels.TokenLogps.apply(logits, targets, with_entropy)
+        found = kernels.TokenLogps.apply(logits.clone(), targets, with_entropy)
         expected = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, naive, strict=True)), logits)
         gradient = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, found, strict=True)), logits)
         torch.testing.assert_close(found, naive)
         torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("name", ["gspo", "grpo", "dapo"])
+def test_threads_are_told_not_to_spin_before_torch_starts_them(name):
+    program = f"""
+import os, sys
+class Watch:
+    def find_spec(self, module, path=None, target=None):
+        if module == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+sys.meta_path.insert(0, Watch())
+import {name}
+"""
+    for asked, expected in ((None, "1000"), ("7", "7")):
+        environ = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+        environ |= {"GOMP_SPINCOUNT": asked} if asked else {}
+        done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
+        assert done.stdout.split() == [expected], done.stderr
