@@ -227,6 +227,11 @@ def load_model(auto_class, name, constant, device, *, revision="main", dtype=tor
     """
     flash = device.type == "cuda" and dtype != torch.float32 and transformers.utils.is_flash_attn_2_available()
     place = find_model(name, constant)
+    try:  # transformers passes over one that it cannot read, and over the ends of sequence in it
+        if (generation := Path(place) / "generation_config.json").is_file():
+            json.loads(generation.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _not_loaded("generation_config.json", name, constant, error) from None
     try:
         model, info = auto_class.from_pretrained(
             place,

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -225,7 +226,15 @@ def not_allowed(path):
     path.chmod(0)
 
 
-as_root = pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may read and write everything")
+def permitted_everything():
+    """Whether this process may read what it may not: as root, unless it runs under
+    setpriv --bounding-set=-dac_override,-dac_read_search."""
+    with tempfile.NamedTemporaryFile() as file:
+        os.chmod(file.name, 0)
+        return os.access(file.name, os.R_OK)
+
+
+as_root = pytest.mark.skipif(permitted_everything(), reason="root may read and write everything")
 no_gpu = pytest.mark.skipif(torch.cuda.device_count() > 7, reason="needs a device that is not there")
 no_wandb = pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
 
@@ -402,6 +411,14 @@ MODELS = [
     row("a policy without config.json", gspo, model(removed("config.json")), "no config.json", "save_pretrained"),
     row("an adapter alone", grpo, model(adapter_alone), "POLICY_MODEL", "adapter", "--merge-lora"),
     row("a config.json that is not JSON", dapo, model(overwritten("config.json", b"{")), "POLICY_MODEL", "config.json"),
+    row(
+        "a generation_config.json that is not JSON",
+        gspo,
+        model(overwritten("generation_config.json", b"{")),
+        "POLICY_MODEL",
+        "generation_config.json",
+        "save",
+    ),
     row("a config.json that is a list", gspo, model(overwritten("config.json", b"[]")), "POLICY_MODEL", "config"),
     row("a config.json that says nothing", grpo, model(overwritten("config.json", b"{}")), "`model_type`"),
     row("an unknown architecture", dapo, model(edited("config.json", model_type="brain")), "`brain`", "transformers"),

@@ -128,6 +128,30 @@ def test_dapo_carries_surplus_groups_and_rounds_over_the_checkpoint(tmp_path):
     assert [row["prompt"] for row in one.prompts] == [row["prompt"] for row in other.prompts]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="to be resumed on the CPU")
+def test_a_run_of_two_gpus_resumes_on_the_cpu(tmp_path, whole):
+    """What is on the disk tells of devices in config.json alone; every tensor of a checkpoint is one of the CPU."""
+    trainer = crashing(set_up(grpo, tmp_path), 4)
+    with pytest.raises(Crash):
+        trainer.train()
+    folder = trainer.run.folder
+    config = json.loads((folder / "config.json").read_text())
+    assert config["constants"]["POLICY_DEVICE"] == "cpu"
+    config["constants"] |= {"POLICY_DEVICE": "cuda:0", "REF_DEVICE": "cuda:1", "REWARD_DEVICE": "cuda:1"}
+    (folder / "config.json").write_text(json.dumps(config))
+    state = torch.load(checkpoints.newest(folder) / "state.pt", weights_only=True)  # where it was saved from
+    assert {value.device.type for value in tensors_of(state)} == {"cpu"}
+    assert_the_same(resumed(grpo, folder), whole(grpo))
+
+
+def tensors_of(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(item)
+
+
 def test_a_longer_run_goes_on_where_the_shorter_ended(tmp_path, whole):
     trainer = set_up(gspo, tmp_path, MAX_STEPS=3, SAVE_EVERY=1, LR_SCHEDULE="constant")
     trainer.train()

@@ -196,6 +196,23 @@ def test_a_reward_model_that_returns_nan_is_a_failure_like_any_other():
     assert scorer.report()["reward_model"] == 0.0
 
 
+def test_where_a_real_reward_model_returns_nan_those_completions_alone_get_zero(small):
+    trainer = small.GSPOTrainer()
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    healthy = trainer.compute_rewards(rollouts)
+    seven = trainer.tokenizer.convert_tokens_to_ids("7")
+    trainer.reward_model.model.get_input_embeddings().weight[seven] = float("nan")
+    rewards = trainer.compute_rewards(rollouts)
+    broken = [
+        7 in map(int, filter(str.isdigit, row["prompt"] + text))
+        for row, text in zip(rollouts.prompts, rollouts.texts, strict=True)
+    ]
+    assert 0 < sum(broken) < len(broken)
+    expected = [0.0 if bad else float(reward) for bad, reward in zip(broken, healthy, strict=True)]
+    assert rewards.tolist() == pytest.approx(expected, abs=1e-5)
+    assert len(trainer.rewards.failures) == sum(broken)
+
+
 def test_a_run_whose_rewards_fail_stops_with_a_checkpoint_and_its_failures(small, monkeypatch, capsys):
     steps = []
 
