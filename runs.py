@@ -11,6 +11,7 @@ outputs/gspo-20260131-101500/
     final/           the trained model, in Hugging Face layout
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -43,7 +44,7 @@ MOST_BAD_UPDATES = 8  # optimizer steps without a finite gradient, in steps one 
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM, at a place where the run can be left. No Exception, so that nothing handles it on the way."""
+    """A signal, at a place where the run can be left. No Exception, so that nothing handles it on the way."""
 
 
 class Run:
@@ -164,8 +165,9 @@ class Run:
     def __enter__(self):
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: its terminal has gone
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    self.handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def _on_signal(self, number, _):
@@ -173,7 +175,8 @@ class Run:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal = signal.Signals(number)
-        tqdm.write(f"{self.signal.name}: stopping, with a checkpoint; once more stops at once, without")
+        with contextlib.suppress(OSError):  # without a terminal, nobody reads it
+            tqdm.write(f"{self.signal.name}: stopping, with a checkpoint; once more stops at once, without")
         if Run.interruptible:
             raise Stopped
 

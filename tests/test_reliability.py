@@ -1,7 +1,9 @@
 """Whatever happens to a run, nothing finished is lost, and a resumed run is the run that it would have been."""
 
+import contextlib
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -297,6 +299,7 @@ def test_the_last_ones_and_the_best_stay(tmp_path, monkeypatch):
         (gspo, "evaluate", signal.SIGINT, 130, 3),
         (grpo, "update", signal.SIGINT, 130, 2),
         (dapo, "sample", signal.SIGTERM, 143, 1),
+        (gspo, "update", signal.SIGHUP, 129, 2),
     ],
     ids=named,
 )
@@ -338,6 +341,24 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=configs.HERE, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGTERM and "waits" in done.stdout
+
+
+def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):
+    flags = ["--batch-size", "2", "--eval-size", "2", "--max-steps", "500", "--save-every", "0", "--no-tensorboard"]
+    command = [sys.executable, str(configs.HERE / "gspo.py"), *flags, "--output-dir", str(tmp_path)]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, command)
+    os.set_blocking(terminal, False)
+    while not any(path.read_text().count("\n") > 2 for path in tmp_path.glob("*/metrics.jsonl")):
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 4096)
+        time.sleep(0.05)
+    os.close(terminal)
+    os.waitpid(child, 0)
+    (run,) = tmp_path.iterdir()
+    steps = len(read_jsonl(run / "metrics.jsonl")) - 1
+    assert steps <= int(checkpoints.newest(run).name.removeprefix("step-")) <= steps + 1
 
 
 # ---- Faults
