@@ -13,6 +13,7 @@ outputs/gspo-20260131-101500/
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -75,6 +76,9 @@ class Run:
         self.folder = resumed or self._new_folder()
         self._lock()
         self.done, self.pending, self.texts_before = 0, {"step": 0}, []  # nothing is done, and row 0 is not written
+        made_from = fingerprints(trainer)
+        if resumed:
+            self._check_inputs(made_from)
         path = checkpoints.newest(self.folder) if resumed else None
         if path is not None:
             self.done, state, metrics = checkpoints.load(path, trainer.policy, trainer.adapter)
@@ -88,7 +92,8 @@ class Run:
             shutil.copy(script["__file__"], self.folder)
             devices = {name: str(getattr(trainer, name.lower())) for name in configs.DEVICES}
             constants = configs.constant_values(script) | devices
-            self._write("config.json", {"constants": constants, **describe_machine(Path(script["__file__"]).parent)})
+            machine = describe_machine(Path(script["__file__"]).parent)
+            self._write("config.json", {"constants": constants, "made_from": made_from, **machine})
             print(f"Run folder: {self.folder}")
         self.before = next((row for row in self.history if "eval_accuracy" in row), None)
         self.after = next((row for row in reversed(self.history) if "eval_accuracy" in row), None)
@@ -120,6 +125,16 @@ class Run:
             raise InputError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from None
         except OSError as error:
             raise InputError(f"{self.folder}: cannot write there ({error}); make it writable") from None
+
+    def _check_inputs(self, found):
+        """Raises InputError where prompts or models are others than those that the run began with."""
+        expected = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("made_from", found)
+        changed = [f"{name} = {self.script[name]!r}" for name in found if found[name] != expected.get(name)]
+        if changed:
+            raise InputError(
+                f"{self.folder} began with other content of {', '.join(changed)}; put back what was there, or begin a "
+                "new run"
+            )
 
     def _cut_logs(self):
         """Has the logs hold what the run had written by the checkpoint, whatever came later or was half written."""
@@ -443,6 +458,27 @@ def _wandb():
             'WANDB_PROJECT is set, but wandb is not installed; pip install wandb, or set it to ""'
         ) from None
     return wandb
+
+
+def fingerprints(trainer):
+    """Of what a run is made from, prompts and weights as loaded, a few digits each that change where they change.
+
+    Weights count as bfloat16, which they may be on one device and not on another, by the exact sum of their bits.
+    """
+    reward_model = trainer.reward_model and trainer.reward_model.model
+    content = {
+        "PROMPTS": [(row["prompt_ids"], row["answer"]) for row in trainer.train_rows],
+        "EVAL_PROMPTS": [(row["prompt_ids"], row["answer"]) for row in trainer.eval_rows],
+        "POLICY_MODEL": _sums_of_bits(trainer.policy),
+        "REWARD_MODEL": _sums_of_bits(reward_model) if reward_model else None,
+    }
+    return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in content.items()}
+
+
+@torch.no_grad()
+def _sums_of_bits(model):
+    weights = {name: value for name, value in model.named_parameters() if ".lora_" not in name}
+    return [(name, value.bfloat16().view(torch.int16).sum(dtype=torch.long).item()) for name, value in weights.items()]
 
 
 def describe_machine(repository):

@@ -4,7 +4,6 @@
     python benchmarks/against_trl.py longtail                15 M parameters, vocabulary of 32,768, few long completions
     python benchmarks/against_trl.py qwen3                   on a GPU: Qwen3-0.6B's shape, full vocabulary, bfloat16
     python benchmarks/against_trl.py embedded --rounds 1 --steps 5 --flags "--group-size 16"
-    OMP_WAIT_POLICY=passive python benchmarks/against_trl.py embedded      on a machine that others use
 
 Equal are: initial weights, prompts and their order, group size, sampling (the whole distribution), number of
 completions and of optimizer steps, rewards, loss, clip, k3 to a reference model, learning rate at each step, AdamW,
@@ -21,12 +20,12 @@ reference and under the policy that sampled; the update is all that is left of t
 VmHWM of the process, libraries included (ru_maxrss would inherit the parent's); on a GPU, what torch had allocated.
 Held-out accuracy is grpo.py's evaluate() for both. workloads.py says how operations are counted; utilisation is
 against the best float32 (GPU: bfloat16) matrix product measured between the children.
-OMP_WAIT_POLICY=passive, which both get, keeps threads from spinning while another program has the core. Needs
-requirements-bench.txt.
+Needs requirements-bench.txt.
 """
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -34,6 +33,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch; for every system alike
 
 import torch
 import transformers

@@ -10,9 +10,12 @@ each round's prompts, one of each first, and is compared by completion tokens pe
 
 import argparse
 import itertools
+import os
 import statistics
 import tempfile
 import time
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch; for every system alike
 
 import torch
 from workloads import WORKLOADS, flops, grpo, peak_flops, prepare, set_constants, synchronize

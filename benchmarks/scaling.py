@@ -2,14 +2,12 @@
 
     python benchmarks/scaling.py                 on two cores a few minutes; draws docs/scaling.png, prints a table
     python benchmarks/scaling.py --seconds 10    more steps for each point
-    OMP_WAIT_POLICY=passive python benchmarks/scaling.py      on a machine that others use
 
 Random models made on the spot (4 layers, vocabulary of 2,048) whose end never comes, so that all completions have the
 same length. One constant varies at a time, the others stay as BASE says. All points are measured in two sweeps, up and
 down, each with a first step that warms up; a point is its fastest step, for a busy machine can only add to it. The
 exponent is the slope of a straight line through a plot's points, all on log scales: 1 is time in proportion. The last
-one is that between the two largest points, where fixed costs count least. OMP_WAIT_POLICY=passive keeps threads
-from spinning while another program has the core.
+one is that between the two largest points, where fixed costs count least.
 """
 
 import argparse

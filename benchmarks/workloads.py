@@ -15,10 +15,13 @@ Norms, embeddings, softmax, the optimizer, and what is computed again by checkpo
 """
 
 import json
+import os
 import random
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch; for every system alike
 
 import torch
 import transformers

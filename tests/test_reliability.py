@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import SCRIPTS, shrink, trainer_of
+from safetensors.torch import load_file, save_file
 from test_run import read_jsonl, timeless
 
 import checkpoints
@@ -195,6 +196,28 @@ def test_constants_come_from_the_run_and_others_are_named(tmp_path, capsys):
     gspo.CLIP_LOW = 0.03
     code, line = resume(capsys, gspo, "--resume", folder)
     assert code == 2 and "CLIP_LOW = 0.05, not 0.03" in line
+
+
+@pytest.mark.parametrize("changed", ["PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL"])
+def test_a_run_is_not_continued_with_other_prompts_or_models(tmp_path, capsys, changed):
+    for name in ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL"):
+        source, copy = configs.HERE / getattr(gspo, name), tmp_path / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
+        setattr(gspo, name, str(copy))
+    trainer = set_up(gspo, tmp_path, MAX_STEPS=1)
+    trainer.train()
+    folder, path = trainer.run.folder, tmp_path / changed
+    logged = (folder / "metrics.jsonl").read_bytes()
+    if path.is_dir():
+        tensors = load_file(path / "model.safetensors")
+        tensors["model.norm.weight"] *= 1.01
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    else:
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([lines[1], lines[0], *lines[2:]]))
+    code, line = resume(capsys, gspo, "--resume", folder, "--max-steps", 2)
+    assert code == 2 and f"other content of {changed} = '{path}'; put back" in line
+    assert (folder / "metrics.jsonl").read_bytes() == logged
 
 
 @pytest.mark.parametrize(
