@@ -36,9 +36,12 @@ class Fits:
 
 
 def keep_freed_memory():
-    """Tells glibc to keep large blocks that are freed, for the next pass asks for as much: new pages take time."""
-    trim_threshold, mmap_max = -1, -4  # malloc.h
+    """Tells glibc to keep blocks of up to 32 MB when they are freed: the next pass wants them, and new pages take time.
+
+    Larger ones still go back to the system, for what was kept of them would lie in pieces.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another library, or another system
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)
+        mallopt(mmap_threshold, 2**25)
         mallopt(trim_threshold, -1)

@@ -14,10 +14,10 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, with_entropy):
         entropy = logits.new_zeros(len(logits))
-        for piece, piece_entropy in zip(pieces(logits), pieces(entropy, logits), strict=True):
-            piece.copy_(piece.log_softmax(-1))
+        for rows in pieces(logits):
+            logits[rows] = log_probs = logits[rows].log_softmax(-1)
             if with_entropy:
-                piece_entropy.copy_((piece.exp() * piece).sum(-1).neg())
+                entropy[rows] = -(log_probs.exp() * log_probs).sum(-1)
         ctx.save_for_backward(logits, targets, entropy)
         ctx.with_entropy = with_entropy
         return logits.gather(1, targets[:, None]).squeeze(1), entropy
@@ -26,20 +26,20 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx, grad, grad_entropy):
         """d log π_a / d logit_v = [v = a] − p_v, and d H / d logit_v = −p_v (log p_v + H)."""
         log_probs, targets, entropy = ctx.saved_tensors
-        grad, rest = grad[:, None], (grad[:, None], grad_entropy[:, None], entropy[:, None])
-        for piece, g, g_entropy, h in zip(pieces(log_probs), *(pieces(x, log_probs) for x in rest), strict=True):
+        for rows in pieces(log_probs):
+            piece, g = log_probs[rows], grad[rows, None]
             if ctx.with_entropy:
                 probs = piece.exp()
-                piece.add_(h).mul_(-g_entropy).sub_(g).mul_(probs)
+                piece.add_(entropy[rows, None]).mul_(-grad_entropy[rows, None]).sub_(g).mul_(probs)
             else:
                 piece.exp_().mul_(-g)
-        return log_probs.scatter_add_(1, targets[:, None], grad), None, None
+        return log_probs.scatter_add_(1, targets[:, None], grad[:, None]), None, None
 
 
-def pieces(values, logits=None):
-    """values (tokens, ...) in parts that go with parts of logits: 2 MB on the CPU, 64 MB on a GPU, which wants few."""
-    logits = values if logits is None else logits
-    return values.split(max(1, 2 ** (19 if logits.device.type == "cpu" else 24) // logits.shape[1]))
+def pieces(logits):
+    """Slices of the rows of logits (tokens, V): of 2 MB on the CPU, for its caches, of 64 MB on a GPU, to be few."""
+    size = max(1, 2 ** (19 if logits.device.type == "cpu" else 24) // logits.shape[1])
+    return [slice(i, i + size) for i in range(0, len(logits), size)]
 
 
 def invert_cumulative(probs, uniform):
