@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import operator
 import os
 import platform
 import shutil
@@ -228,7 +229,11 @@ class Run:
         if self.profiler:
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(self.folder / "profile.json.gz"))
-            print(f"Profile: {self.folder / 'profile.json.gz'}, for chrome://tracing or ui.perfetto.dev")
+            time_of = operator.attrgetter(f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total")
+            operations = sorted(self.profiler.key_averages(), key=time_of, reverse=True)
+            total = sum(map(time_of, operations))
+            shares = ", ".join(f"{operation.key} {time_of(operation) / total:.0%}" for operation in operations[:8])
+            print(f"Profile: {self.folder / 'profile.json.gz'}, for chrome://tracing or ui.perfetto.dev; {shares}")
             self.profiler = None
 
     def end_of_step(self, step, metrics):

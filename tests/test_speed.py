@@ -1,5 +1,7 @@
 """What can be held of speed without a clock: how often a model is asked, for how many tokens, and who waits."""
 
+import gzip
+import json
 import os
 import subprocess
 import sys
@@ -113,6 +115,17 @@ def test_the_gradient_of_the_log_probs_is_that_of_log_softmax(vocabulary):
         gradient = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, found, strict=True)), logits)
         torch.testing.assert_close(found, naive)
         torch.testing.assert_close(gradient, expected)
+
+
+def test_a_profile_holds_the_operations_of_some_steps_and_the_summary_names_the_largest(small, capsys):
+    small.PROFILE, small.TENSORBOARD = True, False
+    trainer = small.GSPOTrainer()
+    trainer.train()
+    path = trainer.run.folder / "profile.json.gz"
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert "aten::mm" in {event.get("name") for event in events}
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Profile: "))
+    assert str(path) in line and "aten::mm" in line and 8 == line.count("%")
 
 
 @pytest.mark.parametrize("name", ["gspo", "grpo", "dapo"])
