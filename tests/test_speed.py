@@ -118,7 +118,7 @@ def test_the_gradient_of_the_log_probs_is_that_of_log_softmax(vocabulary):
 
 
 def test_a_profile_holds_the_operations_of_some_steps_and_the_summary_names_the_largest(small, capsys):
-    small.PROFILE, small.TENSORBOARD = True, False
+    small.PROFILE, small.TENSORBOARD, small.MAX_COMPLETION_TOKENS = True, False, 6
     trainer = small.GSPOTrainer()
     trainer.train()
     path = trainer.run.folder / "profile.json.gz"
