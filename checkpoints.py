@@ -9,6 +9,7 @@ checkpoints/step-20/
 Written beside its place and renamed. Nothing random is in it: randomness is derived from SEED, step and row.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ def write_folder(target, *writers):
         if target.exists():
             os.replace(target, old)
         os.replace(beside, target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -51,11 +52,11 @@ def write_state(folder, step, state, metrics, best=None):
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            _sync(path)
+            sync(path)
             files[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
     marker = folder / MARKER
     marker.write_text(json.dumps({"step": step, "best": best, "files": files}, indent=1) + "\n", encoding="utf-8")
-    _sync(marker)
+    sync(marker)
 
 
 def problem_of(path):
@@ -72,11 +73,6 @@ def problem_of(path):
     return None
 
 
-def complete(folder):
-    """A run's checkpoints that have their marker, oldest first."""
-    return sorted(folder.glob("checkpoints/step-*/" + MARKER), key=lambda marker: _step_of(marker.parent))
-
-
 def newest(folder):
     """The path of the newest checkpoint of a run whose files are all as they were written; None if there is none.
 
@@ -86,7 +82,7 @@ def newest(folder):
     for path in sorted(paths, key=_step_of, reverse=True):
         if (problem := problem_of(path)) is None:
             return path
-        print(f"{path} is damaged, {problem}; the one before it is used")
+        print(f"{path} is damaged, {problem}, and left out")
     return None
 
 
@@ -97,8 +93,11 @@ def _step_of(path):
 
 def prune(folder, keep):
     """Removes all complete checkpoints but the last `keep` and the best, by what is on the disk."""
-    paths = [marker.parent for marker in complete(folder)]
-    accuracies = {path: json.loads((path / MARKER).read_text(encoding="utf-8"))["best"] for path in paths}
+    accuracies = {}
+    for path in sorted(folder.glob("checkpoints/step-*"), key=_step_of):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a marker that cannot be read counts not
+            accuracies[path] = json.loads((path / MARKER).read_text(encoding="utf-8"))["best"]
+    paths = list(accuracies)
     scored = [path for path in paths if accuracies[path] is not None]
     best = max(scored, key=accuracies.get, default=None)
     for path in paths[: max(0, len(paths) - keep)]:
@@ -149,7 +148,7 @@ def _sha256(path):
     return digest.hexdigest()
 
 
-def _sync(path):
+def sync(path):
     """Has the disk hold a file, or a folder's list of files, before anything relies on it."""
     handle = os.open(path, os.O_RDONLY)
     try:

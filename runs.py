@@ -49,6 +49,24 @@ class Stopped(BaseException):
     """A signal, at a place where the run can be left. No Exception, so that nothing handles it on the way."""
 
 
+class Patient:
+    """A stream that a full disk, or a terminal that has gone, makes lose its lines but not raise."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 class Run:
     """One run of a trainer, new or resumed; a context around its steps. Raises InputError if it cannot be written.
 
@@ -81,21 +99,15 @@ class Run:
         if resumed:
             self._check_inputs(made_from)
         path = checkpoints.newest(self.folder) if resumed else None
+        if resumed and path is None and any(self.folder.glob("checkpoints/step-*[0-9]")):
+            remedy = "copy one back, or remove them all to begin the run again"
+            raise InputError(f"{self.folder}: none of its checkpoints is as it was written; {remedy}")
         if path is not None:
             self.done, state, metrics = checkpoints.load(path, trainer.policy, trainer.adapter)
             self.pending, trainer.samples, self.texts_before = state["pending"], state["samples"], state["texts_before"]
             trainer.load_state(state["trainer"])
             self.history += metrics
-        if resumed:
-            self._cut_logs()
-            print(f"Resumed {self.folder} after step {self.done}" + ("" if path else ", for it has no checkpoint"))
-        else:
-            shutil.copy(script["__file__"], self.folder)
-            devices = {name: str(getattr(trainer, name.lower())) for name in configs.DEVICES}
-            constants = configs.constant_values(script) | devices
-            machine = describe_machine(Path(script["__file__"]).parent)
-            self._write("config.json", {"constants": constants, "made_from": made_from, **machine})
-            print(f"Run folder: {self.folder}")
+        self._begin(resumed, path, made_from)
         self.before = next((row for row in self.history if "eval_accuracy" in row), None)
         self.after = next((row for row in reversed(self.history) if "eval_accuracy" in row), None)
         trainer.rewards.log = trainer.eval_reward.log = self._log_failures
@@ -127,9 +139,32 @@ class Run:
         except OSError as error:
             raise InputError(f"{self.folder}: cannot write there ({error}); make it writable") from None
 
+    def _begin(self, resumed, path, made_from):
+        """Has the folder say what the run is made of; where it is resumed, from when on, too."""
+        script, devices = self.script, {name: str(getattr(self.trainer, name.lower())) for name in configs.DEVICES}
+        config = {"constants": configs.constant_values(script) | devices, "made_from": made_from}
+        try:
+            if resumed:
+                self._cut_logs()
+                self._write("config.json", self._config() | {"constants": config["constants"]})
+                print(f"Resumed {self.folder} after step {self.done}" + ("" if path else ", for it has no checkpoint"))
+            else:
+                shutil.copy(script["__file__"], self.folder)
+                checkpoints.sync(self.folder / Path(script["__file__"]).name)
+                self._write("config.json", config | describe_machine(Path(script["__file__"]).parent))
+                checkpoints.sync(self.folder)
+                print(f"Run folder: {self.folder}")
+        except OSError as error:
+            if not resumed:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise InputError(f"{self.folder}: cannot write there ({error}); free some space, or look why") from None
+
+    def _config(self):
+        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+
     def _check_inputs(self, found):
         """Raises InputError where prompts or models are others than those that the run began with."""
-        expected = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("made_from", found)
+        expected = self._config().get("made_from", found)
         changed = [f"{name} = {self.script[name]!r}" for name in found if found[name] != expected.get(name)]
         if changed:
             raise InputError(
@@ -150,6 +185,7 @@ class Run:
         indent = None if name.endswith("l") else 2
         beside = self.folder / f"{name}.part"
         beside.write_text("".join(json.dumps(row, indent=indent) + "\n" for row in rows), encoding="utf-8")
+        checkpoints.sync(beside)
         os.replace(beside, self.folder / name)
 
     def _append(self, name, rows):
@@ -179,7 +215,8 @@ class Run:
     # -- The steps
 
     def __enter__(self):
-        self.handlers = {}
+        self.handlers, self.streams = {}, (sys.stdout, sys.stderr)
+        sys.stdout, sys.stderr = map(Patient, self.streams)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: its terminal has gone
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
@@ -191,8 +228,7 @@ class Run:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal = signal.Signals(number)
-        with contextlib.suppress(OSError):  # without a terminal, nobody reads it
-            tqdm.write(f"{self.signal.name}: stopping, with a checkpoint; once more stops at once, without")
+        tqdm.write(f"{self.signal.name}: stopping, with a checkpoint; once more stops at once, without")
         if Run.interruptible:
             raise Stopped
 
@@ -204,8 +240,7 @@ class Run:
         if self.pending is not None:
             self.end_of_step(self.pending["step"], self.pending)
         elif self.done >= script["MAX_STEPS"]:
-            if not (self.folder / "final").exists():
-                self._save_final()
+            self._save_final()  # anew: what lies there may be that of a shorter run
             self._draw()
             print(f"The run is complete, its model is in {self.folder / 'final'}; --max-steps can make it longer")
         self.bar.update(self.done - self.bar.n)
@@ -320,7 +355,7 @@ class Run:
         try:
             plotting.draw_run(self.folder)
             page.draw_samples(self.folder)
-        except OSError as error:
+        except (OSError, InputError) as error:
             self._complain("pictures", f"the pictures could not be drawn: {error}; training goes on")
 
     # -- Checkpoints
@@ -380,20 +415,23 @@ class Run:
         can_save = not self.in_step or Run.interruptible  # the weights are those between two steps
         Run.interruptible = False
         try:
-            if stopped or kind is InputError:
+            if stopped or (kind and issubclass(kind, Exception)):
                 saved = can_save and self._finish_saving() and self.checkpoint() and self._finish_saving()
                 path = checkpoints.newest(self.folder)
                 if self.history[1:]:
                     self._draw()
-                kept = f"the state after step {self.done} is in {path}" if saved else f"the newest checkpoint is {path}"
+                found = f"the newest checkpoint is {path}" if path else "there is no checkpoint"
+                kept = f"the state after step {self.done} is in {path}" if saved else found
                 kept += f"; go on with python {self.algorithm}.py --resume {self.folder}"
-                if not stopped:
+                if kind is InputError:
                     raise InputError(f"step {step}: {error}; {kept}") from None
                 self.bar.close()
-                print(f"Stopped by {self.signal.name}: {kept}")
-                sys.exit(128 + self.signal)
+                print(f"Stopped by {self.signal.name if stopped else f'{kind.__name__} in step {step}'}: {kept}")
+                if stopped:
+                    sys.exit(128 + self.signal)
             self._finish_saving()
         finally:
+            self._end_profile()
             self._close()
 
     def _close(self):
@@ -404,6 +442,7 @@ class Run:
             self.bar.close()
         if self.tensorboard:
             self.tensorboard.close()
+        sys.stdout, sys.stderr = self.streams
         self.lock.close()
 
     def _open_boards(self):
@@ -439,14 +478,12 @@ class Run:
 
 
 def _rows(path):
-    """The rows of a log up to the first that cannot be read."""
+    """The rows of a log that can be read."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
             rows += [row] if row["step"] >= 0 else []
-        except (ValueError, TypeError, KeyError):
-            break
     return rows
 
 

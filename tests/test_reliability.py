@@ -248,7 +248,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run_of_four, f
         return  # a bit of its spaces
     assert checkpoints.newest(run_of_four).name == "step-2"
     out = capsys.readouterr().out
-    assert "step-4 is damaged" in out and "the one before it is used" in out
+    assert "step-4 is damaged" in out and "left out" in out
 
 
 @pytest.fixture(scope="module")
@@ -273,9 +273,44 @@ def test_half_a_checkpoint_is_no_checkpoint(run_of_four):
     assert checkpoints.newest(run_of_four).name == "step-4"
 
 
-def test_weights_that_do_not_fit_are_an_error_and_no_random_tensor(run_of_four, tmp_path):
-    from safetensors.torch import load_file, save_file
+def test_where_no_checkpoint_is_whole_nothing_begins_again(run_of_four, tmp_path, capsys):
+    for path in run_of_four.glob("checkpoints/*/state.pt"):
+        path.unlink()
+    logged = (run_of_four / "metrics.jsonl").read_bytes()
+    set_up(gspo, tmp_path)
+    code, line = resume(capsys, gspo, "--resume", run_of_four)
+    assert code == 2 and "none of its checkpoints is as it was written" in line and "remove them all" in line
+    assert (run_of_four / "metrics.jsonl").read_bytes() == logged
 
+
+def test_a_marker_that_cannot_be_read_stops_no_run(run_of_four, tmp_path):
+    (run_of_four / "checkpoints/step-2/checkpoint.json").write_text("{")
+    set_up(gspo, tmp_path, MAX_STEPS=8, SAVE_EVERY=1)
+    resumed(gspo, run_of_four)
+    left = {path.name for path in run_of_four.glob("checkpoints/*")}
+    assert {"step-2", "step-7", "step-8"} <= left and "step-5" not in left  # neither counted nor touched
+
+
+def test_the_final_model_of_a_complete_run_is_that_of_its_last_step(run_of_four, tmp_path):
+    """As where a longer run was killed, or met a full disk, before its own final/ lay in its place."""
+    expected = (run_of_four / "final/model.safetensors").read_bytes()
+    weights = load_file(run_of_four / "final/model.safetensors")
+    save_file({name: value * 2 for name, value in weights.items()}, run_of_four / "final/model.safetensors")
+    set_up(gspo, tmp_path)
+    resumed(gspo, run_of_four)
+    assert (run_of_four / "final/model.safetensors").read_bytes() == expected
+
+
+def test_what_a_resumed_run_was_asked_for_holds_for_the_next_one_too(run_of_four, tmp_path):
+    set_up(gspo, tmp_path)
+    gspo.main(["--resume", str(run_of_four), "--max-steps", "5", "--sample-groups", "1"])
+    gspo.MAX_STEPS, gspo.SAMPLE_GROUPS = 80, 2  # as shipped
+    gspo.main(["--resume", str(run_of_four)])
+    assert gspo.MAX_STEPS == 5 and gspo.SAMPLE_GROUPS == 1
+    assert len(read_jsonl(run_of_four / "metrics.jsonl")) == 6
+
+
+def test_weights_that_do_not_fit_are_an_error_and_no_random_tensor(run_of_four, tmp_path):
     trainer = set_up(gspo, tmp_path)
     path = run_of_four / "checkpoints/step-4"
     weights = load_file(path / "model.safetensors")
@@ -366,6 +401,41 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     assert done.returncode == -signal.SIGTERM and "waits" in done.stdout
 
 
+def test_an_error_that_nobody_foresaw_leaves_a_checkpoint(tmp_path, whole, monkeypatch, capsys):
+    trainer = set_up(gspo, tmp_path, SAVE_EVERY=0)
+    generate = trainer.generate_responses_with_group_sampling
+    broken = [3]
+
+    def fails_once(step):
+        if step in broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return generate(step)
+
+    monkeypatch.setattr(trainer, "generate_responses_with_group_sampling", fails_once)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        trainer.train()
+    assert f"RuntimeError in step 3: the state after step 2 is in {trainer.run.folder}" in capsys.readouterr().out
+    assert_the_same(resumed(gspo, trainer.run.folder), whole(gspo))
+
+
+def test_a_signal_while_a_profile_is_taken(tmp_path):
+    code = (
+        "import gspo, os, signal\n"
+        f"vars(gspo).update(MAX_STEPS=9, BATCH_SIZE=2, EVAL_SIZE=2, OUTPUT_DIR={str(tmp_path)!r}, TENSORBOARD=False)\n"
+        "gspo.PROFILE, gspo.MAX_COMPLETION_TOKENS = True, 6\n"
+        "trainer = gspo.GSPOTrainer()\n"
+        "sample = trainer.sample\n"
+        "def interrupted(*arguments, **options):\n"
+        "    if trainer.run.steps_begun == 3: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return sample(*arguments, **options)\n"
+        "trainer.sample = interrupted\n"
+        "trainer.train()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=configs.HERE, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 143 and "Stopped by SIGTERM" in done.stdout, done.stderr
+    assert list(tmp_path.glob("*/profile.json.gz"))
+
+
 def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):
     flags = ["--batch-size", "2", "--eval-size", "2", "--max-steps", "500", "--save-every", "0", "--no-tensorboard"]
     command = [sys.executable, str(configs.HERE / "gspo.py"), *flags, "--output-dir", str(tmp_path)]
@@ -378,7 +448,7 @@ def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):
             os.read(terminal, 4096)
         time.sleep(0.05)
     os.close(terminal)
-    os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
     (run,) = tmp_path.iterdir()
     steps = len(read_jsonl(run / "metrics.jsonl")) - 1
     assert steps <= int(checkpoints.newest(run).name.removeprefix("step-")) <= steps + 1
@@ -434,6 +504,23 @@ def test_a_full_disk_stops_no_training_and_says_what_was_not_written(tmp_path):
     assert len(read_jsonl(folder / "metrics.jsonl")) == 3 and not list(folder.rglob("*.part"))
     done = subprocess.run([*command, "--resume", "latest"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and (folder / "final/model.safetensors").is_file()
+
+
+def test_a_full_disk_under_what_is_printed_stops_nothing(tmp_path):
+    flags = ["--preset", "smoke", "--no-tensorboard", "--output-dir", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(configs.HERE / "gspo.py"), *flags]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True, timeout=120)
+    assert done.returncode == 0 and "Held-out accuracy" in done.stdout
+    assert list(tmp_path.glob("*/final/model.safetensors"))
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_nothing(tmp_path):
+    command = [sys.executable, str(configs.HERE / "gspo.py"), "--preset", "smoke", "--output-dir", str(tmp_path)]
+    limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *command]  # the script itself has more than 20 KB
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot write there" in done.stderr.splitlines()[-1] and not list(tmp_path.iterdir())
 
 
 def test_lines_that_could_not_be_written_follow_later(tmp_path, monkeypatch, capsys):
