@@ -634,6 +634,29 @@ def test_a_run_of_local_files_asks_no_network(tmp_path, monkeypatch):
     set_up(gspo, tmp_path, MAX_STEPS=1).train()
 
 
+@pytest.mark.parametrize("at", [7, 10, 17])
+def test_killed_in_the_middle_of_writing_a_checkpoint(tmp_path, whole, at):
+    expected = whole(gspo)
+    shrink(gspo, tmp_path)
+    constants = configs.constant_values(vars(gspo)) | FOUR_STEPS
+    code = (
+        "import checkpoints, gspo, os, signal\n"
+        f"vars(gspo).update({constants!r})\n"
+        "synced, sync = [], checkpoints.sync\n"
+        "def killed(path):\n"
+        "    synced.append(path)\n"
+        f"    os.kill(os.getpid(), signal.SIGKILL) if len(synced) == {at} else sync(path)\n"
+        "checkpoints.sync = killed\n"
+        "gspo.GSPOTrainer().train()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=configs.HERE, capture_output=True, text=True, timeout=90)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert [path.name for path in folder.glob("checkpoints/*.part")]
+    vars(gspo).update(constants)
+    assert_the_same(resumed(gspo, folder), expected)
+
+
 def test_killed_at_random_moments_a_run_still_ends_as_it_would_have(tmp_path):
     sys.path.insert(0, str(configs.HERE / "benchmarks"))
     import crash
