@@ -1,5 +1,6 @@
 """Prompts, models and tokenizers, checked as they are read. What is wrong with them is an InputError, one line."""
 
+import contextlib
 import json
 import logging
 import math
@@ -18,10 +19,11 @@ from safetensors.torch import load_file
 
 import attention
 from configs import InputError, find_model, find_path, is_hub_id, one_line_errors
+from metrics import check_right
 
 with one_line_errors():
     try:
-        from rewards import check_rules
+        from rewards import Rewards, check_rules
     except SyntaxError as error:  # in the file that people edit; the scripts import it after this one
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}; mend it there") from None
 
@@ -611,6 +613,10 @@ def load_all(constants, devices, reward_names, generator):
         reward_model.check(train_rows[0])
     if not c.SELFTEST:  # which shows what fails in its table
         check_rules({*reward_names, c.EVAL_REWARD} - {"reward_model"}, train_rows[0])
+        rule, answer = Rewards({c.EVAL_REWARD: 1.0}), train_rows[0]["answer"]
+        with contextlib.suppress(InputError):  # that it scores too few of these, which was judged above
+            rule(train_rows[:1] * 3, [answer, f"#### {answer}", ""])
+        check_right(rule.scored[c.EVAL_REWARD], c.EVAL_REWARD)
     return Loaded(train_rows, eval_rows, tokenizer, policy, eos_ids, adapter, ref_model, reward_model)
 
 

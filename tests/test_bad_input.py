@@ -536,6 +536,7 @@ REWARDS = [
         "no rule 'reward_model'",
         "exact_match",
     ),
+    row("a rule that is no accuracy to evaluate with", grpo, ["--eval-reward", "length"], "EVAL_REWARD", "1 for what"),
 ]
 
 PLACES = [
