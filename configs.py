@@ -70,9 +70,12 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns an InputError into one line on stderr and exit code 2."""
+    """Turns an InputError into one line on stderr and exit code 2, and Ctrl-C where no run handles it into one, too."""
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C, before a run began", file=sys.stderr)
+        sys.exit(130)
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -204,14 +207,16 @@ def _resume(namespace, constants, given):
     script = Path(namespace["__file__"])
     folder = _run_folder(*(given.get(name, namespace[name]) for name in ("RESUME", "OUTPUT_DIR")), script)
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["constants"]
+        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved = {**run["constants"]}
         before = (folder / script.name).read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--resume {folder}: cannot read a run of {script.name} there ({error}); start anew") from None
+        raise InputError(f"--resume {folder}: {_no_run(folder, script, error)}") from None
     text = script.read_text(encoding="utf-8")
     edited = {name: namespace[name] for name in constants if _source_of(name, text) != _source_of(name, before)}
     asked = {**edited, **given}
-    changed = [name for name in asked if name in saved and asked[name] != saved[name] and name not in MAY_CHANGE]
+    may_change = MAY_CHANGE + (MADE_FROM if "made_from" in run else ())
+    changed = [name for name in asked if name in saved and asked[name] != saved[name] and name not in may_change]
     if changed:
         raise InputError(
             f"--resume {folder}: the run was made with "
@@ -228,16 +233,58 @@ def _resume(namespace, constants, given):
 
 
 def _run_folder(name, output_dir, script):
-    """The folder of the run that --resume names; "latest" is the one of this script that was written to last."""
+    """The folder of the run that --resume names; "latest" is the one of this script that logged last."""
+    for constant, value in (("RESUME", name), ("OUTPUT_DIR", output_dir)):  # which nothing has validated yet
+        if not isinstance(value, str):
+            flag = "--" + constant.lower().replace("_", "-")
+            raise InputError(f"{constant} = {value!r} must be {_KINDS[str]}; edit it or give {flag}")
     if name != "latest":
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            raise InputError(f'--resume {name}: no such folder; give that of a run, or "latest"')
-        return folder
-    runs = [path for path in Path(output_dir).glob(f"{script.stem}-*") if (path / "config.json").is_file()]
+        why = ""
+        try:
+            folder = Path(name).expanduser()
+            if folder.is_dir():
+                return folder
+        except (OSError, RuntimeError, ValueError) as error:  # as in find_path; the last: of a NUL
+            why = f" ({getattr(error, 'strerror', None) or error})"
+        raise InputError(f'--resume {name:.200}: no such folder{why}; give that of a run, or "latest"')
+    parent = _expanded("OUTPUT_DIR", output_dir)
+    runs = [path for path in Path(parent).glob(f"{script.stem}-*") if (path / "config.json").is_file()]
     if not runs:
-        raise InputError(f"--resume latest: {output_dir} holds no run of {script.name}; give the run's folder")
-    return max(runs, key=lambda path: max(file.stat().st_mtime for file in path.iterdir()))
+        raise InputError(f"--resume latest: {parent} holds no run of {script.name}; give the run's folder")
+    logs = ("config.json", "metrics.jsonl")  # pictures may be drawn again
+    return max(runs, key=lambda run: max((run / log).stat().st_mtime for log in logs if (run / log).is_file()))
+
+
+def _no_run(folder, script, error):
+    """Why a folder cannot be resumed, and what to give in its place."""
+
+    def script_of(place):
+        """The script whose run is in a folder, "" where there is none: a run has a copy of it."""
+        copies = [path.name for path in place.glob("*.py") if (script.parent / path.name).is_file()]
+        return copies[0] if copies and (place / "config.json").is_file() else ""
+
+    with contextlib.suppress(OSError):  # a folder that may not be read tells no more than the error
+        whole = folder.resolve()
+        for outer in whole.parents[:2]:  # of checkpoints/step-N and of final/
+            if script_of(outer):
+                return f"that is a part of a run, which is resumed as a whole; give {outer}"
+        if script_of(whole) not in ("", script.name):
+            return f"that is a run of {script_of(whole)}; use python {script_of(whole)}"
+        if script_of(whole):
+            where = f"--policy-model {folder / 'checkpoints'}/step-N"
+            return f"cannot read its config.json ({error}); put it back, or start a new run, perhaps with {where}"
+        if runs := sorted(path.name for path in whole.iterdir() if script_of(path) == script.name):
+            return f"that is a folder of runs; give one of them, such as {folder / runs[-1]}, or latest"
+    return f"cannot read a run of {script.name} there ({error}); give the folder of a run, or start anew"
+
+
+def _expanded(name, value):
+    """A folder's name with its ~ as the home that it stands for."""
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError as error:  # of an unknown user
+        flag = "--" + name.lower().replace("_", "-")
+        raise InputError(f"{name} = {value!r}: {error}; give {flag} the whole path") from None
 
 
 def _source_of(name, text):
@@ -254,13 +301,16 @@ def _without_constants(text):
 MAY_CHANGE = DEVICES + (
     *("MAX_STEPS", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "SAMPLE_GROUPS", "TENSORBOARD", "WANDB_PROJECT"),
     *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "LOGITS_AT_ONCE", "GRADIENT_CHECKPOINTING"),
-    *("MERGE_LORA", "PROFILE"),
+    *("MERGE_LORA", "PROFILE", "MAX_RESAMPLES"),
 )
+# These, too, where the run has fingerprints of their content, which must be the same: a run may move.
+MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL")
 
 
 # ---- Rules
 
 LARGEST = 1e15  # of all numbers but SEED: what is larger is a slip, and would fail where nobody looks for it
+MOST_TOKENS = 2**31  # of the completions of a step or of an evaluation: 16 GB of random numbers to sample them
 _KINDS = {int: "a whole number", float: "a number", str: "text in quotes", bool: "True or False"}
 
 
@@ -308,7 +358,7 @@ RULES = {
     "MAX_PROMPT_TOKENS": (int, _not_negative, "0 for no limit of its own, or at least 1 token"),
     "LOGITS_AT_ONCE": (int, _positive, "at least 1; 2**26 logits in float32 are a quarter of a GB"),
     "GRADIENT_CHECKPOINTING": (bool, (True, False), None),
-    "LORA_RANK": (int, _not_negative, "0 to train all weights, or a rank such as 16"),
+    "LORA_RANK": (int, lambda v: 0 <= v <= 2**14, "0 to train all weights, or a rank such as 16, at most 16384"),
     "LORA_ALPHA": (float, _positive, "positive; twice the rank is usual"),
     "MERGE_LORA": (bool, (True, False), None),
     "LR_SCHEDULE": (str, ("constant", "linear", "cosine"), None),
@@ -351,7 +401,10 @@ def _rule(name):
 
 
 def validate(namespace):
-    """Raises InputError, naming constant, value, rule and remedy, for the first constant that breaks its rule."""
+    """Raises InputError, naming constant, value, rule and remedy, for the first constant that breaks its rule.
+
+    Changes one thing: the ~ of OUTPUT_DIR, which would else be a folder of that name.
+    """
     for name, value in constant_values(namespace).items():
         kind, holds, text = _rule(name)
         if kind is None:
@@ -380,6 +433,17 @@ def validate(namespace):
             raise InputError("USE_SEQUENCE_LEVEL_REWARD = False is for a reward model; add it: --rewards reward_model")
     if namespace["MINI_BATCHES"] > namespace["BATCH_SIZE"] * namespace["GROUP_SIZE"]:
         raise InputError("MINI_BATCHES is more than BATCH_SIZE x GROUP_SIZE completions; lower --mini-batches")
+    namespace["OUTPUT_DIR"] = _expanded("OUTPUT_DIR", namespace["OUTPUT_DIR"])
+    check_size(namespace, "BATCH_SIZE", "GROUP_SIZE", "MAX_COMPLETION_TOKENS")
+
+
+def check_size(namespace, *names, **values):
+    """Raises InputError where constants, or values in their place, ask for more tokens at once than a machine holds."""
+    values = {name: values.get(name, namespace[name]) for name in names}
+    if math.prod(values.values()) > MOST_TOKENS:
+        asked = " x ".join(f"{name} = {value}" for name, value in values.items())
+        flags = ", ".join("--" + name.lower().replace("_", "-") for name in names)
+        raise InputError(f"{asked} is more than {MOST_TOKENS} tokens at once, too large for a machine; lower {flags}")
 
 
 def warn_about_constants(namespace):

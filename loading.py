@@ -1,5 +1,6 @@
 """Prompts, models and tokenizers, checked as they are read. What is wrong with them is an InputError, one line."""
 
+import contextlib
 import json
 import logging
 import math
@@ -17,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import attention
-from configs import InputError, find_model, find_path, is_hub_id, one_line_errors
+from configs import InputError, check_size, find_model, find_path, is_hub_id, one_line_errors
+from metrics import check_right
 
 with one_line_errors():
     try:
-        from rewards import check_rules
+        from rewards import Rewards, check_rules
     except SyntaxError as error:  # in the file that people edit; the scripts import it after this one
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}; mend it there") from None
 
@@ -48,6 +50,13 @@ def _short(error):
     """What an error of a library says, on one line that can be read."""
     text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
     return textwrap.shorten(text, 400, placeholder=" ...").rstrip(".") or type(error).__name__
+
+
+def hub_remedy(names, else_give):
+    """What to do where the Hub, or what the cache has of it, does not give something."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:  # the libraries would have people look at their network
+        return f"HF_HUB_OFFLINE is set: unset it to ask the network for what is not in the cache, or give {else_give}"
+    return f"check {names} and network, or give {else_give}"
 
 
 # ---- Prompts
@@ -127,7 +136,7 @@ def _read_rows(source, name, config, split):
                 rows = datasets.load_dataset(kind, data_files=str(path), split="train")
         except (*LOAD_ERRORS, StopIteration, datasets.exceptions.DatasetsError) as error:  # the second: of blank JSON
             what = f", split {split!r}, cannot be loaded" if on_hub else f" cannot be read as {kind}"
-            remedy = "check id, configuration, split and network, or give a file" if on_hub else "write the file anew"
+            remedy = hub_remedy("id, configuration, split", "a file") if on_hub else "write the file anew"
             raise InputError(f"{name} = {str(source)!r}{what}: {_short(error.__cause__ or error)}; {remedy}") from None
         return list(rows), lambda number: f"{path}, row {number}"
     try:  # JSONL line by line, to say which line is wrong; `datasets` would also fill a missing field with None
@@ -204,7 +213,7 @@ def _not_loaded(what, name, constant, error):
     elif isinstance(error, ImportError):
         remedy = "install that, or give another model"
     elif is_hub_id(name):
-        remedy = "check name, revision and network, or give a folder"
+        remedy = hub_remedy("name, revision", "a folder")
     else:
         remedy = "save or download it again, with safetensors and tokenizer, or give another model"
     return InputError(f"{constant} = {name!r}: the {what} cannot be loaded: {_short(error)}; {remedy}")
@@ -606,11 +615,16 @@ def load_all(constants, devices, reward_names, generator):
     chat = {"system_prompt": c.SYSTEM_PROMPT, "thinking": c.THINKING}
     train_rows = encode_prompts(train_rows, tokenizer, longest, c.PROMPTS, **chat)
     eval_rows = encode_prompts(eval_rows[: c.EVAL_SIZE], tokenizer, longest, eval_source or c.PROMPTS, **chat)
+    check_size(constants, "EVAL_SIZE", "EVAL_SAMPLES", "MAX_COMPLETION_TOKENS", EVAL_SIZE=len(eval_rows))
     eos_ids = end_of_sequence_ids(policy, tokenizer, "POLICY_MODEL")
     if reward_model is not None and c.USE_SEQUENCE_LEVEL_REWARD:
         reward_model.check(train_rows[0])
     if not c.SELFTEST:  # which shows what fails in its table
         check_rules({*reward_names, c.EVAL_REWARD} - {"reward_model"}, train_rows[0])
+        rule, answer = Rewards({c.EVAL_REWARD: 1.0}), train_rows[0]["answer"]
+        with contextlib.suppress(InputError):  # that it scores too few of these, which was judged above
+            rule(train_rows[:1] * 3, [answer, f"#### {answer}", ""])
+        check_right(rule.scored[c.EVAL_REWARD], c.EVAL_REWARD)
     return Loaded(train_rows, eval_rows, tokenizer, policy, eos_ids, adapter, ref_model, reward_model)
 
 

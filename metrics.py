@@ -4,6 +4,8 @@ from math import comb, isfinite, sqrt
 
 import torch
 
+from configs import InputError
+
 
 def step_metrics(rollouts, rewards, advantages, old_logps, updates, group_size):
     """The metrics of a step; those of its updates by their mean, or by the least and greatest of a *_min and *_max.
@@ -104,9 +106,19 @@ def evaluate(trainer, script):
     rows, samples = trainer.eval_rows, script["EVAL_SAMPLES"]
     sampled = trainer.sample(rows, samples, ("evaluation",))
     greedy = trainer.sample(rows, 1, ("evaluation",), greedy=True)
-    metrics = accuracy_metrics(trainer.eval_reward(sampled.prompts, sampled.texts), samples, script["PASS_AT"])
-    right = trainer.eval_reward(greedy.prompts, greedy.texts)
-    return metrics | {"eval_accuracy_greedy": sum(right) / len(right)}, greedy.texts
+    right, right_greedy = (trainer.eval_reward(some.prompts, some.texts) for some in (sampled, greedy))
+    check_right(right + right_greedy, script["EVAL_REWARD"])
+    metrics = accuracy_metrics(right, samples, script["PASS_AT"])
+    return metrics | {"eval_accuracy_greedy": sum(right_greedy) / len(right_greedy)}, greedy.texts
+
+
+def check_right(scores, name):
+    """Raises InputError unless all scores of EVAL_REWARD, the rule of that name, are shares of being right."""
+    if outside := [score for score in scores if not 0 <= score <= 1]:
+        raise InputError(
+            f"EVAL_REWARD = {name!r} gave {outside[0]:g}, which is no accuracy; give --eval-reward a rule that returns "
+            "1 for what is right and 0 for what is not, such as exact_match"
+        )
 
 
 def accuracy_metrics(right, samples, k):

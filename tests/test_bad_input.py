@@ -281,6 +281,11 @@ FLAGS = [
     row("a group of one", gspo, ["--group-size", 1], "GROUP_SIZE = 1", "at least 2", "--group-size"),
     row("a negative seed", grpo, ["--seed", -1], "SEED = -1", "--seed"),
     row("a number too large for anything", dapo, ["--batch-size", 10**20], "BATCH_SIZE", "too large", "--batch-size"),
+    row(
+        "a group that no machine holds", gspo, ["--group-size", 10**12], "GROUP_SIZE = 10", "too large", "--group-size"
+    ),
+    row("evaluation that no machine holds", grpo, ["--eval-samples", 10**9], "EVAL_SAMPLES = 10", "--eval-samples"),
+    row("adapters that no machine holds", dapo, ["--lora-rank", 10**12], "LORA_RANK = 10", "at most", "--lora-rank"),
     row("a temperature of zero", gspo, ["--temperature", 0], "TEMPERATURE = 0.0", "greedily"),
     row("a choice that is none", gspo, ["--ratio-level", "word"], "'word'", "'sequence'", "--ratio-level"),
     row("more mini-batches than completions", grpo, ["--mini-batches", 999], "MINI_BATCHES", "--mini-batches"),
@@ -393,8 +398,8 @@ DATA = [
     row("held-out prompts too long", gspo, eval_prompts(json.dumps({**GOOD, "prompt": LONG}).encode()), "held-out"),
     row("held-out prompts missing", grpo, ["--eval-prompts", "none.jsonl"], "EVAL_PROMPTS = 'none.jsonl'"),
     row("nothing left to hold out", dapo, rows(GOOD, flags=["--eval-prompts", ""]), "too few", "--eval-prompts"),
-    row("a Hub dataset while offline", gspo, ["--prompts", "nobody/nothing"], "'nobody/nothing'", "network"),
-    row("a preset of the Hub while offline", grpo, ["--preset", "gsm8k"], "'openai/gsm8k'", "network"),
+    row("a Hub dataset while offline", gspo, ["--prompts", "nobody/nothing"], "'nobody/nothing'", "unset it"),
+    row("a preset of the Hub while offline", grpo, ["--preset", "gsm8k"], "'openai/gsm8k'", "HF_HUB_OFFLINE is set"),
 ]
 
 T5 = transformers.T5Config(vocab_size=14, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
@@ -406,7 +411,9 @@ REMOTE = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
 
 MODELS = [
     row("a policy that is not there", gspo, ["--policy-model", "no-such"], "'no-such'", "--policy-model", "owner/name"),
-    row("a policy of the Hub while offline", grpo, ["--policy-model", "nobody/nothing"], "'nobody/nothing'", "network"),
+    row(
+        "a policy of the Hub while offline", grpo, ["--policy-model", "nobody/x"], "'nobody/x'", "HF_HUB_OFFLINE is set"
+    ),
     row("a policy that is a file", dapo, ["--policy-model", __file__], "POLICY_MODEL", "no config.json"),
     row("a policy without config.json", gspo, model(removed("config.json")), "no config.json", "save_pretrained"),
     row("an adapter alone", grpo, model(adapter_alone), "POLICY_MODEL", "adapter", "--merge-lora"),
@@ -536,6 +543,7 @@ REWARDS = [
         "no rule 'reward_model'",
         "exact_match",
     ),
+    row("a rule that is no accuracy to evaluate with", grpo, ["--eval-reward", "length"], "EVAL_REWARD", "1 for what"),
 ]
 
 PLACES = [
@@ -550,6 +558,7 @@ PLACES = [
     row("a device of no kind", grpo, ["--reward-device", "gpu"], "REWARD_DEVICE = 'gpu'", "--reward-device cpu"),
     row("a device without storage", dapo, ["--ref-device", "meta"], "REF_DEVICE = 'meta'", "no such device"),
     row("an output folder that is a file", gspo, output_is_a_file, "OUTPUT_DIR", "cannot write there", "give another"),
+    row("an output folder of nobody", dapo, ["--output-dir", "~nobody-here/x"], "OUTPUT_DIR", "home", "--output-dir"),
     row("an output folder without a disk", grpo, constants(OUTPUT_DIR="/proc/none"), "OUTPUT_DIR = '/proc/none'"),
     row("an output folder to read only", dapo, read_only, "OUTPUT_DIR", "cannot write there", marks=(as_root,)),
     row("a logger not installed", dapo, ["--wandb-project", "x"], "WANDB_PROJECT", "pip install", marks=(no_wandb,)),
@@ -607,6 +616,14 @@ def test_a_mistake_ends_in_one_line(row, made, tmp_path, capsys, monkeypatch):
     for word in row.words:
         assert word in err, err
     assert contents(tmp_path) == before
+
+
+def test_ctrl_c_before_a_run_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(gspo, "GSPOTrainer", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as exit_:
+        gspo.main([])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 130 and err.count("\n") == 1 and "before a run began" in err
 
 
 @pytest.mark.parametrize("file", ["rows.jsonl", "rows.json"])

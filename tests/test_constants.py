@@ -1,6 +1,8 @@
 """Overrides, presets and rules; and what a person sees who gives something that cannot be used."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import transformers
 
 import configs
 import dapo
+import grpo
 import gspo
 
 
@@ -214,6 +217,83 @@ def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     code, err = run_main(capsys, "--preset", "smoke", "--output-dir", tmp_path / "file")
     assert code == 2 and err.count("\n") == 1 and "OUTPUT_DIR" in err
+
+
+def test_a_tilde_in_the_output_folder_is_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    configs.apply_overrides(vars(gspo), ["--output-dir=~/runs"])
+    assert str(tmp_path / "runs") == gspo.OUTPUT_DIR
+
+
+# ---- What cannot be resumed
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Folders as runs of gspo.py and grpo.py leave them, as far as --resume looks at them before it loads anything."""
+    for name, script in (("gspo-1", "gspo.py"), ("gspo-2", "gspo.py"), ("grpo-3", "grpo.py")):
+        folder = tmp_path / "runs" / name
+        for part in ("final", "checkpoints/step-4"):
+            (folder / part).mkdir(parents=True)
+            (folder / part / "config.json").write_text('{"model_type": "llama"}')
+        shutil.copy(configs.HERE / script, folder)
+        namespace = vars(gspo if script == "gspo.py" else grpo)
+        config = {"constants": configs.constant_values(namespace), "made_from": {}}
+        (folder / "config.json").write_text(json.dumps(config))
+    return tmp_path / "runs"
+
+
+def refused_resume(capsys, *argv):
+    code, err = run_main(capsys, *argv)
+    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("~nobody-here/x", ["no such folder", "home directory", "latest"]),
+        ("a" * 300, ["no such folder", "latest"]),
+        ("{runs}/gspo-1/checkpoints/step-4", ["part of a run", "give {runs}/gspo-1\n"]),
+        ("{runs}/gspo-1/checkpoints", ["part of a run", "give {runs}/gspo-1\n"]),
+        ("{runs}/gspo-1/final", ["part of a run", "give {runs}/gspo-1\n"]),
+        ("{runs}/grpo-3", ["a run of grpo.py; use python grpo.py"]),
+        ("{runs}", ["a folder of runs", "such as {runs}/gspo-2, or latest"]),
+    ],
+)
+def test_a_folder_that_is_no_run_says_what_is_meant(capsys, runs, name, words):
+    err = refused_resume(capsys, "--resume", name.format(runs=runs))
+    for word in words:
+        assert word.format(runs=runs) in err, err
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"constants": null}', '{"constants": []}'])
+def test_a_run_without_its_constants_cannot_be_resumed(capsys, runs, content):
+    (runs / "gspo-1" / "config.json").write_text(content)
+    err = refused_resume(capsys, "--resume", runs / "gspo-1")
+    assert "cannot read its config.json" in err and f"--policy-model {runs}/gspo-1/checkpoints/step-N" in err
+
+
+@pytest.mark.parametrize(("name", "value"), [("RESUME", True), ("RESUME", 5), ("OUTPUT_DIR", None)])
+def test_constants_of_resuming_edited_to_nonsense_are_named(capsys, name, value):
+    vars(gspo).update({"RESUME": "latest", name: value})
+    assert f"{name} = {value!r} must be text" in refused_resume(capsys)
+
+
+def test_the_latest_run_is_found_beside_links_that_lead_nowhere(runs):
+    for folder in runs.iterdir():
+        (folder / "link").symlink_to("nowhere")
+    configs.apply_overrides(vars(gspo), ["--resume", "latest", "--output-dir", str(runs)])
+    assert gspo.RESUME.startswith(str(runs / "gspo-"))
+
+
+def test_a_run_may_move_where_its_content_is_known(capsys, runs):
+    moved = ["--resume", runs / "gspo-1", "--prompts", "elsewhere.jsonl", "--policy-model", "elsewhere"]
+    configs.apply_overrides(vars(gspo), [str(word) for word in moved])
+    assert (gspo.PROMPTS, gspo.POLICY_MODEL) == ("elsewhere.jsonl", "elsewhere")
+    config = json.loads((runs / "gspo-1" / "config.json").read_text())
+    (runs / "gspo-1" / "config.json").write_text(json.dumps({"constants": config["constants"]}))
+    assert "PROMPTS = " in refused_resume(capsys, *moved)
 
 
 # ---- Devices
