@@ -55,7 +55,9 @@ def _short(error):
 def hub_remedy(names, else_give):
     """What to do where the Hub, or what the cache has of it, does not give something."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:  # the libraries would have people look at their network
-        return f"HF_HUB_OFFLINE is set: unset it to ask the network for what is not in the cache, or give {else_give}"
+        return (
+            f"check {names}, unset HF_HUB_OFFLINE to ask the network for what is not in the cache, or give {else_give}"
+        )
     return f"check {names} and network, or give {else_give}"
 
 

@@ -398,8 +398,10 @@ DATA = [
     row("held-out prompts too long", gspo, eval_prompts(json.dumps({**GOOD, "prompt": LONG}).encode()), "held-out"),
     row("held-out prompts missing", grpo, ["--eval-prompts", "none.jsonl"], "EVAL_PROMPTS = 'none.jsonl'"),
     row("nothing left to hold out", dapo, rows(GOOD, flags=["--eval-prompts", ""]), "too few", "--eval-prompts"),
-    row("a Hub dataset while offline", gspo, ["--prompts", "nobody/nothing"], "'nobody/nothing'", "unset it"),
-    row("a preset of the Hub while offline", grpo, ["--preset", "gsm8k"], "'openai/gsm8k'", "HF_HUB_OFFLINE is set"),
+    row(
+        "a Hub dataset while offline", gspo, ["--prompts", "nobody/nothing"], "'nobody/nothing'", "unset HF_HUB_OFFLINE"
+    ),
+    row("a preset of the Hub while offline", grpo, ["--preset", "gsm8k"], "'openai/gsm8k'", "unset HF_HUB_OFFLINE"),
 ]
 
 T5 = transformers.T5Config(vocab_size=14, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
@@ -412,7 +414,7 @@ REMOTE = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
 MODELS = [
     row("a policy that is not there", gspo, ["--policy-model", "no-such"], "'no-such'", "--policy-model", "owner/name"),
     row(
-        "a policy of the Hub while offline", grpo, ["--policy-model", "nobody/x"], "'nobody/x'", "HF_HUB_OFFLINE is set"
+        "a policy of the Hub while offline", grpo, ["--policy-model", "nobody/x"], "'nobody/x'", "unset HF_HUB_OFFLINE"
     ),
     row("a policy that is a file", dapo, ["--policy-model", __file__], "POLICY_MODEL", "no config.json"),
     row("a policy without config.json", gspo, model(removed("config.json")), "no config.json", "save_pretrained"),

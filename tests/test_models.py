@@ -324,7 +324,7 @@ def test_a_split_that_is_not_there_is_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     err = refused(capsys, tmp_path, "--prompts", "nobody/nothing", "--prompts-split", "tomorrow")
     assert "'nobody/nothing', split 'tomorrow', cannot be loaded: Unknown split" in err and "['train', 'test']" in err
-    assert "check id, configuration, split and network" in err
+    assert "check id, configuration, split" in err
 
 
 def test_prompts_are_held_out_by_share_and_long_ones_left_out_and_counted(model_folder, gsm8k_files, capsys):

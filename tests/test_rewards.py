@@ -241,9 +241,9 @@ def test_an_evaluation_that_fails_leaves_the_model_of_its_step(small, monkeypatc
 
     def fail_after_training(self, name, rows, texts):
         evaluations.append(name)
-        return by_rule(self, name, rows, texts) if len(evaluations) <= 2 else [(0.0, "returned None")] * len(texts)
+        return by_rule(self, name, rows, texts) if len(evaluations) <= 3 else [(0.0, "returned None")] * len(texts)
 
-    monkeypatch.setattr(gspo.Rewards, "_by_rule", fail_after_training)  # two before the first step: sampled and greedy
+    monkeypatch.setattr(gspo.Rewards, "_by_rule", fail_after_training)  # three before: a trial, sampled and greedy
     with pytest.raises(SystemExit):
         gspo.main([])
     err = capsys.readouterr().err.splitlines()[-1]
