@@ -343,7 +343,8 @@ class Run:
         if self.bad_updates >= MOST_BAD_UPDATES:
             raise InputError(
                 f"{self.bad_updates} updates in steps that follow one another had no finite loss and gradient; their "
-                f"completions are in {self.folder / 'skipped.jsonl'}; lower --learning-rate, or look for what breaks"
+                f"completions are in {self.folder / 'skipped.jsonl'}; look there for what breaks, or start a new run "
+                "with a lower --learning-rate"
             )
 
     def _with_groups(self, samples):
