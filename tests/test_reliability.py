@@ -417,22 +417,20 @@ def test_an_error_that_nobody_foresaw_leaves_a_checkpoint(tmp_path, whole, monke
     assert_the_same(resumed(gspo, trainer.run.folder), whole(gspo))
 
 
-def test_a_signal_while_a_profile_is_taken(tmp_path):
-    code = (
-        "import gspo, os, signal\n"
-        f"vars(gspo).update(MAX_STEPS=9, BATCH_SIZE=2, EVAL_SIZE=2, OUTPUT_DIR={str(tmp_path)!r}, TENSORBOARD=False)\n"
-        "gspo.PROFILE, gspo.MAX_COMPLETION_TOKENS = True, 6\n"
-        "trainer = gspo.GSPOTrainer()\n"
-        "sample = trainer.sample\n"
-        "def interrupted(*arguments, **options):\n"
-        "    if trainer.run.steps_begun == 3: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return sample(*arguments, **options)\n"
-        "trainer.sample = interrupted\n"
-        "trainer.train()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=configs.HERE, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 143 and "Stopped by SIGTERM" in done.stdout, done.stderr
-    assert list(tmp_path.glob("*/profile.json.gz"))
+def test_a_signal_while_a_profile_is_taken(tmp_path, monkeypatch):
+    trainer = set_up(gspo, tmp_path, PROFILE=True, MAX_COMPLETION_TOKENS=6)
+    sample = trainer.sample
+
+    def interrupted(*arguments, **options):
+        if trainer.run.steps_begun == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "sample", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        trainer.train()
+    assert exit_.value.code == 143 and (trainer.run.folder / "profile.json.gz").is_file()
+    assert checkpoints.newest(trainer.run.folder).name == "step-2" and trainer.run.profiler is None
 
 
 def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):
