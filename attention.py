@@ -18,7 +18,7 @@ class Packing:
     """Several sequences one after the other as the N tokens of one row, so that no token that a model sees is padding.
 
     Every layer of a model but attention works on tokens one by one. Attention lays them out as rows for as long as it
-    takes, so that no sequence sees another.
+    takes, so that no sequence sees another, long ones apart from short ones.
     """
 
     model: torch.nn.Module  # that they are for; it is given this attention if it has another
@@ -28,22 +28,55 @@ class Packing:
         self.device = self.model.device
         if self.model.config._attn_implementation != NAME:
             self.model.set_attn_implementation(NAME)
-        self.rows, self.width = len(self.lengths), int(self.lengths.max())
-        inside = torch.arange(self.width) < self.lengths[:, None]  # (rows, width)
-        self.place = inside.flatten().nonzero().squeeze(1).to(self.device)  # (N,) of each token in the rows laid out
+        self.width = int(self.lengths.max())
         self.first = self.lengths.cumsum(0) - self.lengths  # (rows,) the token that each sequence begins with
+        self.place, self.position = places(self.lengths, self.width, self.device)
+        self.parts, begin = [], 0
+        for lengths in alike(self.lengths):
+            tokens, width = int(lengths.sum()), int(lengths.max())
+            place = places(lengths, width, self.device)[0]
+            self.parts.append((slice(begin, begin + tokens), Rows(len(lengths), width, place)))
+            begin += tokens
 
     def inputs(self, input_ids):
         """The arguments of a model for some rows of ids, (rows, at least width), padded on the right."""
         return {
             "input_ids": input_ids[:, : self.width].to(self.device).flatten()[self.place][None],  # (1, N)
-            "position_ids": (self.place % self.width)[None],
+            "position_ids": self.position[None],
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # else a model makes N x N
             "packing": self,
         }
 
+
+def places(lengths, width, device):
+    """Where each of the N tokens of sequences stands in rows of that width one after the other, and in its row."""
+    inside = torch.arange(width) < lengths[:, None]  # (rows, width)
+    place = inside.flatten().nonzero().squeeze(1).to(device)  # (N,)
+    return place, place % width
+
+
+def alike(lengths):
+    """Cuts lengths (rows,) into parts, where rows as wide as the longest of a part have far fewer pairs of tokens."""
+    before, after = lengths.cummax(0).values, lengths.flip(0).cummax(0).values.flip(0)
+    rows = torch.arange(1, len(lengths))
+    pairs = rows * before[:-1] ** 2 + rows.flip(0) * after[1:] ** 2  # (rows − 1,) if cut there
+    together = len(lengths) * int(lengths.max()) ** 2
+    if len(lengths) == 1 or pairs.min() > min(0.75 * together, together - 2**14):
+        return [lengths]
+    cut = int(pairs.argmin()) + 1
+    return alike(lengths[:cut]) + alike(lengths[cut:])
+
+
+@dataclass
+class Rows:
+    """Some packed sequences as rows."""
+
+    rows: int
+    width: int  # of the longest
+    place: torch.Tensor  # (tokens,) of each token in the rows one after the other
+
     def laid_out(self, states):
-        """(1, heads, N, D) -> (rows, heads, width, D), 0 where there is no token."""
+        """(1, heads, tokens, D) -> (rows, heads, width, D), 0 where there is no token."""
         _, heads, _, size = states.shape
         blank = states.new_zeros(self.rows * self.width, heads, size)
         return (
@@ -53,24 +86,29 @@ class Packing:
         )
 
     def packed(self, states):
-        """(rows, heads, width, D) -> (1, N, heads, D)"""
-        return states.transpose(1, 2).flatten(0, 1).index_select(0, self.place)[None]
+        """(rows, width, heads, D) -> (1, tokens, heads, D)"""
+        return states.flatten(0, 1).index_select(0, self.place)[None]
 
 
-def attention(module, query, key, value, attention_mask, packing=None, sliding_window=None, **options):
+def attention(module, query, key, value, attention_mask, packing=None, **options):
     """Scaled dot-product attention of packed sequences, or of rows with a mask (rows, 1, queries, keys)."""
-    if packing is not None:
-        query, key, value = (packing.laid_out(states) for states in (query, key, value))
-        attention_mask = None  # rows begin where sequences begin, and what follows an end no token before it can see
+    if packing is None:
+        return attention_of_rows(module, query, key, value, attention_mask, **options), None
+    outputs = []
+    for tokens, rows in packing.parts:  # they begin where sequences begin; no token sees what follows an end
+        states = (rows.laid_out(states[:, :, tokens]) for states in (query, key, value))
+        outputs.append(rows.packed(attention_of_rows(module, *states, None, **options)))
+    return torch.cat(outputs, 1), None
+
+
+def attention_of_rows(module, query, key, value, attention_mask, sliding_window=None, **options):
+    """(rows, heads, queries or keys, D) -> (rows, queries, heads, D)"""
     if sliding_window is not None and key.shape[2] > sliding_window:
         queries, keys = (torch.arange(n, device=query.device) for n in (query.shape[2], key.shape[2]))
         distance = (queries[:, None] + len(keys) - len(queries)) - keys  # (queries, keys)
         near = (distance >= 0) & (distance < sliding_window)
         attention_mask = near[None, None] if attention_mask is None else attention_mask & near
-    output, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, **options
-    )  # (rows, queries, heads, D)
-    return output if packing is None else packing.packed(output.transpose(1, 2)), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
 
 
 AttentionInterface.register(NAME, attention)

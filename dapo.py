@@ -42,13 +42,12 @@ from dataclasses import dataclass
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads wait without holding cores others could use
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import configs
 from attention import GrowingCache, Packing
 from decoding import decoder_of
 from fits import Fits
-from kernels import TokenLogps, invert_cumulative
+from kernels import invert_cumulative, token_logps
 from loading import load_all
 from metrics import samples_of, speed_metrics, step_metrics
 from rewards import Rewards, find_reward, parse_rewards
@@ -122,7 +121,7 @@ WARMUP_STEPS = 5  # steps of linear warm-up
 WEIGHT_DECAY = 0.0  # AdamW's
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 MICRO_BATCH_TOKENS = 2048  # tokens per forward pass; more is faster on a GPU, less saves memory
-LOGITS_AT_ONCE = 2**26  # logits alive at once in training, tokens x vocabulary: a quarter of a GB
+LOGITS_AT_ONCE = 2**26  # logits kept for the backward pass, a quarter of a GB; it computes the others again
 GRADIENT_CHECKPOINTING = False  # compute activations again in the backward pass instead of keeping them
 
 # LoRA
@@ -334,20 +333,11 @@ def micro_batches(lengths, token_budget):
         yield torch.stack(batch)
 
 
-def token_logps(hidden, targets, head, with_entropy):
-    """log π of targets (tokens,) from their hidden states (tokens, H), and the entropy there or, unasked, zeros."""
-    logits = head(hidden).float()  # (tokens, V)
-    if TEMPERATURE != 1:
-        logits = logits / TEMPERATURE
-    return TokenLogps.apply(logits, targets, with_entropy)
-
-
 def completion_logps(model, rollouts, rows, with_entropy=False):
     """log π of the sampled tokens of some rows: logps (rows, T) in nats on the model's device, 0 where masked.
 
     Second: the entropy of the full distribution at each of them, (rows, T), or None. The rows go through the model
-    packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time, and again in
-    the backward pass.
+    packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time.
     """
     device, head = model.device, model.get_output_embeddings()
     completion_mask, packing = rollouts.completion_mask[rows], Packing(model, rollouts.lengths[rows])
@@ -358,14 +348,10 @@ def completion_logps(model, rollouts, rows, with_entropy=False):
     with autocast(device):
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # (N, H)
         hidden = hidden.index_select(0, position - 1)  # (tokens, H)
-        size, parts = max(1, LOGITS_AT_ONCE // head.weight.shape[0]), []
-        for chunk in zip(hidden.split(size), targets.split(size), strict=True):
-            if len(targets) <= size:
-                parts.append(token_logps(*chunk, head, with_entropy))
-            else:
-                parts.append(checkpoint(token_logps, *chunk, head, with_entropy, use_reentrant=False))
+        hidden = hidden if TEMPERATURE == 1 else hidden / TEMPERATURE
+        values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)
     blank, place = torch.zeros(completion_mask.shape, device=device), (row.to(device), t.to(device))
-    logps, entropy = (blank.index_put(place, torch.cat(values)) for values in zip(*parts, strict=True))
+    logps, entropy = (blank.index_put(place, value) for value in values)
     return logps, entropy if with_entropy else None
 
 

@@ -1,45 +1,96 @@
 """Sums over a vocabulary with fewer passes over memory than torch's plain functions take; the same numbers."""
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
+
+
+def token_logps(hidden, targets, head, with_entropy, at_once):
+    """log π of targets (tokens,) and, or else 0, the entropy there, from hidden states (tokens, H) and a linear head.
+
+    As the head, log_softmax, gather, and −Σ p log p, in float32 with the head's product in its dtype or autocast's, but
+    by blocks of the vocabulary that fit a cache. At most at_once logits are alive, or those of one token of the
+    vocabulary; what more the backward pass needs it computes again. Both (tokens,), with gradient.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    at_once = at_once if torch.is_grad_enabled() else 0
+    return TokenLogps.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, with_entropy, at_once)
 
 
 class TokenLogps(torch.autograd.Function):
-    """log π of targets (tokens,) from logits (tokens, V), and the entropy there: both (tokens,), the second 0 unasked.
-
-    As log_softmax with gather, and −Σ p log p, but logits become log-probs and then the gradient in their own place, in
-    pieces that the cache holds: with a large vocabulary memory costs as much as the matrix products.
-    """
+    """What token_logps says. at_once = 0: nothing is kept for a backward pass."""
 
     @staticmethod
-    def forward(ctx, logits, targets, with_entropy):
-        entropy = logits.new_zeros(len(logits))
-        for rows in pieces(logits):
-            logits[rows] = log_probs = logits[rows].log_softmax(-1)
+    def forward(ctx, hidden, weight, bias, targets, with_entropy, at_once):
+        logits_of_a_block = 2 ** (22 if hidden.device.type == "cpu" else 24)  # 16 MB for a CPU's cache, few for a GPU
+        size = max(1, min(logits_of_a_block, at_once or logits_of_a_block) // max(1, len(hidden)))
+        kept = at_once // (size * max(1, len(hidden))) - 1  # blocks, beside the one at work
+        ctx.blocks, chosen, tops, sums, informations = [], 0.0, [], [], []
+        for start in range(0, len(weight), size):
+            columns = slice(start, min(start + size, len(weight)))
+            logits = logits_of(hidden, weight, bias, columns)
+            inside, place = where(targets, columns)
+            chosen = chosen + logits.gather(1, place).squeeze(1).masked_fill(~inside, 0.0)
+            tops.append(logits.amax(1))  # (tokens,)
+            exps = logits.sub_(tops[-1][:, None]).exp_()
+            sums.append(exps.sum(1))
             if with_entropy:
-                entropy[rows] = -(log_probs.exp() * log_probs).sum(-1)
-        ctx.save_for_backward(logits, targets, entropy)
+                informations.append(torch.special.xlogy(exps, exps).sum(1))
+            ctx.blocks.append((columns, tops[-1], exps if len(ctx.blocks) < kept else None))
+            del logits, exps  # before the next ones are there
+        tops, sums = torch.stack(tops), torch.stack(sums)  # (blocks, tokens)
+        normalizer = (tops + sums.log()).logsumexp(0)  # (tokens,)
+        entropy = torch.zeros_like(normalizer)
+        if with_entropy:
+            below = tops - normalizer
+            entropy = -(below.exp() * (torch.stack(informations) + below * sums)).sum(0)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy)
         ctx.with_entropy = with_entropy
-        return logits.gather(1, targets[:, None]).squeeze(1), entropy
+        return chosen - normalizer, entropy
 
     @staticmethod
     def backward(ctx, grad, grad_entropy):
-        """d log π_a / d logit_v = [v = a] − p_v, and d H / d logit_v = −p_v (log p_v + H)."""
-        log_probs, targets, entropy = ctx.saved_tensors
-        for rows in pieces(log_probs):
-            piece, g = log_probs[rows], grad[rows, None]
+        """d log π_a / d logit_v = [v = a] − p_v, and d H / d logit_v = −p_v log p_v − p_v H."""
+        hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
+        _, with_weight, with_bias, *_ = ctx.needs_input_grad
+        grad_hidden = torch.zeros_like(hidden, dtype=normalizer.dtype)
+        grad_weight = torch.empty_like(weight) if with_weight else None
+        grad_bias = torch.empty_like(bias) if with_bias else None
+        while ctx.blocks:
+            columns, top, exps = ctx.blocks.pop()
+            if exps is None:
+                exps, top = logits_of(hidden, weight, bias, columns).sub_(normalizer[:, None]).exp_(), normalizer
+            of_exps = (top - normalizer).exp()[:, None]
             if ctx.with_entropy:
-                probs = piece.exp()
-                piece.add_(entropy[rows, None]).mul_(-grad_entropy[rows, None]).sub_(g).mul_(probs)
+                exps.mul_(of_exps)  # probabilities now
+                information = torch.special.xlogy(exps, exps)
+                block = exps.mul_((-grad - grad_entropy * entropy)[:, None])
+                block.addcmul_(information, grad_entropy[:, None], value=-1)
+                del information
             else:
-                piece.exp_().mul_(-g)
-        return log_probs.scatter_add_(1, targets[:, None], grad[:, None]), None, None
+                block = exps.mul_(of_exps * -grad[:, None])
+            inside, place = where(targets, columns)
+            block = block.scatter_add_(1, place, (grad * inside)[:, None]).to(hidden.dtype)  # (tokens, columns)
+            grad_hidden += block @ weight[columns]
+            if with_weight:
+                grad_weight[columns] = block.T @ hidden
+            if with_bias:
+                grad_bias[columns] = block.sum(0)
+            del exps, block
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
 
 
-def pieces(logits):
-    """Slices of the rows of logits (tokens, V): of 2 MB on the CPU, for its caches, of 64 MB on a GPU, to be few."""
-    size = max(1, 2 ** (19 if logits.device.type == "cpu" else 24) // logits.shape[1])
-    return [slice(i, i + size) for i in range(0, len(logits), size)]
+def logits_of(hidden, weight, bias, columns):
+    """(tokens, columns), at least in float32."""
+    logits = linear(hidden, weight[columns], None if bias is None else bias[columns].to(weight.dtype))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def where(targets, columns):
+    """Which targets lie in a block of the vocabulary, (tokens,), and in which column of it, (tokens, 1); else any."""
+    place = targets - columns.start
+    inside = (place >= 0) & (targets < columns.stop)
+    return inside, place.clamp(0, columns.stop - columns.start - 1)[:, None]
 
 
 def invert_cumulative(probs, uniform):

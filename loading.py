@@ -280,10 +280,13 @@ def add_lora(model, rank, alpha, targets):
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers to peft, about a name that peft still uses
-            return peft.get_peft_model(model, config)
+            adapter = peft.get_peft_model(model, config)
     except ValueError as error:
         remedy = "give names of the model's linear layers"
         raise InputError(f"LORA_TARGETS = {targets!r}: {_short(error)}; {remedy}") from None
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise InputError(f"LORA_TARGETS = {targets!r} names the output head, which takes no adapter; leave it out")
+    return adapter
 
 
 def policy_weights(model, adapter=None):
@@ -371,15 +374,16 @@ def end_of_sequence_ids(model, tokenizer, constant):
 def check_policy(model, tokenizer, constant):
     """Raises InputError where the scripts would sample from, and train, another model than the one given.
 
-    They pack sequences and apply the output head themselves, to completion positions alone: a model that scales or caps
-    its logits after it is not supported, nor one whose attention is of another kind. And every id of the tokenizer must
-    have an embedding.
+    They pack sequences and apply the output head themselves, a matrix and perhaps a bias, to completion positions
+    alone: a model that scales or caps its logits after it is not supported, nor one whose attention is of another kind.
+    And every id of the tokenizer must have an embedding.
     """
     check_vocabulary(model, tokenizer, constant)
     ids, lengths, head = torch.arange(10).remainder(len(tokenizer)).view(2, 5), [5, 3], model.get_output_embeddings()
     try:
         packing = attention.Packing(model, torch.tensor(lengths))
-        packed = head(model.base_model(**packing.inputs(ids), use_cache=False).last_hidden_state[0])
+        hidden = model.base_model(**packing.inputs(ids), use_cache=False).last_hidden_state[0]
+        packed = torch.nn.functional.linear(hidden, head.weight, head.bias)
         model.set_attn_implementation("sdpa")
         alone = [model(row[None, :n].to(model.device)).logits[0] for row, n in zip(ids, lengths, strict=True)]
         model.set_attn_implementation(attention.NAME)

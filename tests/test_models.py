@@ -260,16 +260,11 @@ def gradient_of_an_update(trainer):
 
 @pytest.mark.parametrize("constants", [{"GRADIENT_CHECKPOINTING": True}, {"LOGITS_AT_ONCE": 4000}])
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2"])
-def test_saving_memory_changes_no_gradient(model_folder, gsm8k_files, monkeypatch, architecture, constants):
+def test_saving_memory_changes_no_gradient(model_folder, gsm8k_files, architecture, constants):
     gspo.MAX_GRAD_NORM, gspo.ENTROPY_COEF = 1e9, 0.1
     expected = gradient_of_an_update(set_up(gspo, model_folder(architecture), gsm8k_files))
     trainer = set_up(gspo, model_folder(architecture), gsm8k_files, **constants)
-    seen = []
-    head = trainer.policy.get_output_embeddings()
-    head.register_forward_hook(lambda _, __, logits: seen.append(logits.numel()) if logits.requires_grad else None)
     torch.testing.assert_close(gradient_of_an_update(trainer), expected, rtol=1e-4, atol=1e-6)
-    if "LOGITS_AT_ONCE" in constants:
-        assert len(seen) > 10 and max(seen) <= 4000
 
 
 def test_prompts_go_through_the_chat_template_with_system_prompt_and_thinking(model_folder, gsm8k_files):
@@ -506,6 +501,7 @@ def test_bad_models(capsys, tmp_path, model_folder):
     assert "LORA_TARGETS = 'nothing'" in refused(
         capsys, tmp_path, *flags, "--lora-rank", 4, "--lora-targets", "nothing"
     )
+    assert "names the output head" in refused(capsys, tmp_path, *flags, "--lora-rank", 4, "--lora-targets", "lm_head")
     gspo.LORA_RANK = 0
     assert "leaves no room" in refused(capsys, tmp_path, *flags, "--max-completion-tokens", 512)
     gspo.MAX_COMPLETION_TOKENS = 12

@@ -77,6 +77,19 @@ def test_sampled_and_recomputed_log_probs_equal_the_naive_ones(model, temperatur
         assert (recomputed[i, n:] == 0).all() and (rollouts.sampled_logps[i, n:] == 0).all()
 
 
+def test_long_sequences_packed_with_short_ones_are_as_they_are_alone(model):
+    lengths = torch.tensor([120, 9, 100, 3, 5, 7, 4, 30])
+    packing = attention.Packing(model, lengths)
+    assert len(packing.parts) > 1
+    ids = torch.randint(0, VOCABULARY, (8, 120), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        packed = model.base_model(**packing.inputs(ids), use_cache=False).last_hidden_state[0]
+        model.set_attn_implementation("eager")
+        alone = [model.base_model(row[None, :n]).last_hidden_state[0] for row, n in zip(ids, lengths, strict=True)]
+        model.set_attn_implementation(attention.NAME)
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_is_the_same_alone_and_in_a_left_padded_batch(model):
     together = sample(model, group_size=1, greedy=True)
     for i, row in enumerate(PROMPTS):

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from conftest import trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import attention
 import gspo
 import kernels
 
@@ -102,19 +104,50 @@ def test_the_sampler_waits_only_when_it_looks_who_has_ended(small, monkeypatch, 
     assert waits.count <= before_and_after + 2 * (len(shapes) / every + 1)
 
 
-@pytest.mark.parametrize("vocabulary", [11, 2**18])  # in one piece, and two tokens at a time
-def test_the_gradient_of_the_log_probs_is_that_of_log_softmax(vocabulary):
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("with_entropy", [True, False])
+@pytest.mark.parametrize("at_once", [2**26, 1000, 300, 1])  # all blocks kept; some of them; none; a token per block
+def test_log_probs_by_blocks_of_the_vocabulary_are_those_of_log_softmax(at_once, with_entropy, with_bias, monkeypatch):
     torch.manual_seed(0)
-    targets, weights = torch.randint(0, vocabulary, (7,)), torch.randn(2, 7).double()
-    logits = torch.randn(7, vocabulary, dtype=torch.double, requires_grad=True)
-    for with_entropy in (True, False):
-        log_probs = logits.log_softmax(-1)
-        naive = log_probs.gather(1, targets[:, None]).squeeze(1), -(log_probs.exp() * log_probs).sum(-1) * with_entropy
-        found = kernels.TokenLogps.apply(logits.clone(), targets, with_entropy)
-        expected = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, naive, strict=True)), logits)
-        gradient = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, found, strict=True)), logits)
-        torch.testing.assert_close(found, naive)
-        torch.testing.assert_close(gradient, expected)
+    tokens, vocabulary, alive, most = 7, 130, [], 0
+    head = torch.nn.Linear(5, vocabulary, bias=with_bias).double()
+    hidden, targets = torch.randn(tokens, 5).double().requires_grad_(), torch.randint(0, vocabulary, (tokens,))
+    hidden.data[0] *= 1e4  # whose probabilities are 0 and 1
+    leaves, weights = [hidden, *head.parameters()], torch.randn(2, tokens).double()
+
+    def linear(*arguments):
+        nonlocal most
+        logits = torch.nn.functional.linear(*arguments)
+        alive.append(weakref.ref(logits))
+        most = max(most, sum(one().numel() for one in alive if one() is not None))
+        return logits
+
+    monkeypatch.setattr(kernels, "linear", linear)
+    log_probs = head(hidden).log_softmax(-1)
+    naive = log_probs.gather(1, targets[:, None]).squeeze(1), -(log_probs.exp() * log_probs).sum(-1) * with_entropy
+    expected = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, naive, strict=True)), leaves)
+    found = kernels.token_logps(hidden, targets, head, with_entropy, at_once)
+    gradient = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, found, strict=True)), leaves)
+    torch.testing.assert_close(found, naive)
+    torch.testing.assert_close(gradient, expected)
+    assert most <= max(at_once, tokens)
+    assert len(alive) > 1 or at_once == 2**26
+
+
+def test_packed_sequences_are_cut_where_rows_would_be_mostly_padding():
+    pairs = {}
+    for lengths in (
+        [200, 190, 12, 11, 10],
+        [200, 190, 180, 170],
+        [5, 4, 3, 1],
+        [30, 300, 20, 10],
+        [7],
+        [300] + 300 * [3],
+    ):
+        parts = [part.tolist() for part in attention.alike(torch.tensor(lengths))]
+        assert [n for part in parts for n in part] == lengths
+        pairs[tuple(lengths)] = sum(len(part) * max(part) ** 2 for part in parts) / (len(lengths) * max(lengths) ** 2)
+    assert [round(share, 2) for share in pairs.values()] == [0.4, 1, 1, 0.25, 1, 0.0]
 
 
 def test_a_profile_holds_the_operations_of_some_steps_and_the_summary_names_the_largest(small, capsys):
