@@ -19,7 +19,7 @@ TRL's rollout is its `_generate`; scoring is the rest of `_generate_and_score_co
 reference and under the policy that sampled; the update is all that is left of the step. Peak memory is the kernel's
 VmHWM of the process, libraries included (ru_maxrss would inherit the parent's); on a GPU, what torch had allocated.
 Held-out accuracy is grpo.py's evaluate() for both. workloads.py says how operations are counted; utilisation is
-against the best float32 (GPU: bfloat16) matrix product measured between the children.
+against the float32 (GPU: bfloat16) matrix products of the same minutes: the best of some after each step, their median.
 Needs requirements-bench.txt.
 """
 
@@ -72,6 +72,10 @@ def peak_memory():
     return int(line.split()[1]) * 1024
 
 
+def peak_now():
+    return peak_flops("cuda" if torch.cuda.is_available() else "cpu", seconds=0.3)
+
+
 def accuracy(trainer, workload):
     if workload != "embedded":
         return {}
@@ -105,6 +109,7 @@ def run_ours(workload, steps):
                 "reward": metrics["reward"],
                 "pairs": torch.stack([rollouts.prompt_lengths, rollouts.completion_lengths], 1).tolist(),
                 "places": padding.places,
+                "peak": peak_now(),
             }
         )
     return trainer.policy, rows, (before, peak_memory()), accuracy(trainer, workload)
@@ -119,7 +124,8 @@ def run_trl(workload, steps, prompts, folder, micro_batch):
     class Timed(trl.GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
             synchronize()
-            rows.append({"start": time.perf_counter(), "places": padding.places})
+            rows.append({"end": time.perf_counter(), "peak": peak_now(), "places": padding.places})
+            rows[-1]["start"] = time.perf_counter()
             outputs = super()._generate_and_score_completions(inputs)
             synchronize()
             rows[-1]["scoring"] = time.perf_counter() - rows[-1]["start"] - rows[-1]["rollout"]
@@ -197,10 +203,10 @@ def run_trl(workload, steps, prompts, folder, micro_batch):
     before = start_memory()
     trainer.train()
     synchronize()
-    rows.append({"start": time.perf_counter(), "places": padding.places})
+    rows.append({"end": time.perf_counter(), "places": padding.places})
     peak = peak_memory()
     for row, after in zip(rows, rows[1:], strict=False):
-        row["seconds"], row["places"] = after["start"] - row["start"], after["places"] - row["places"]
+        row["seconds"], row["places"] = after["end"] - row["start"], after["places"] - row["places"]
         row["update"] = row["seconds"] - row["rollout"] - row["scoring"]
     rows.pop()
     assert len(rows) == steps and all(
@@ -230,6 +236,7 @@ def child(system, workload, folder, steps, micro_batch):
     total = {name: sum(row[name] for row in counted) for name in ("seconds", "places", *PHASES)}
     lengths = [t for row in counted for _, t in row["pairs"]]
     done = [flops(model, row["pairs"], grpo.GROUP_SIZE) for row in counted]
+    peak = statistics.median(row["peak"] for row in counted)
     rates = {name: sum(one[name] for one in done) / total["seconds" if name == "step" else name] for name in done[0]}
     part = max(1, steps // 10)  # of the steps, for each point of the learning curve
     middle = (steps - part) // 2
@@ -237,7 +244,7 @@ def child(system, workload, folder, steps, micro_batch):
     result = {name: statistics.median(row[name] for row in counted) for name in ("seconds", *PHASES)}
     result |= {"tokens_per_second": sum(lengths) / total["seconds"], "curve": [statistics.mean(one) for one in curve]}
     result |= {"length": statistics.mean(lengths) / grpo.MAX_COMPLETION_TOKENS, "accuracy": found, "flops": rates}
-    result |= {"padding": 1 - sum(p + t for row in counted for p, t in row["pairs"]) / total["places"]}
+    result |= {"peak": peak, "padding": 1 - sum(p + t for row in counted for p, t in row["pairs"]) / total["places"]}
     print(json.dumps(result | {"start_memory": memory[0], "peak_memory": memory[1]}))
 
 
@@ -247,7 +254,7 @@ def spread(values, digits=2):
     return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def print_tables(results, peak, workload):
+def print_tables(results, workload):
     columns = ("seconds", *PHASES, "tokens_per_second")
     print("\n| system | s/step | rollout s | scoring s | update s | completion tokens/s | peak GB | at the start |")
     print("|---|---|---|---|---|---|---|---|")
@@ -274,10 +281,12 @@ def print_tables(results, peak, workload):
             cells += [spread([one["accuracy"][how] for one in rounds], 3) if workload == "embedded" else "none"]
         print(f"| {NAMES[system]} | " + " | ".join(cells) + f" | {spread([one['length'] for one in rounds])} |")
 
-    print(f"\nPeak of the machine's matrix products: {peak / 1e9:.0f} · 10⁹ operations per second\n")
+    peaks = spread([one["peak"] / 1e9 for rounds in results.values() for one in rounds], 0)
+    print(f"\nMatrix products between the steps: {peaks} · 10⁹ operations per second\n")
     print("| system | padding in the update | utilisation: rollout | update | whole step |\n|---|---|---|---|---|")
     for system, rounds in results.items():
-        cells = [f"{statistics.median(one['flops'][name] for one in rounds) / peak:.2%}" for name in rounds[0]["flops"]]
+        names = rounds[0]["flops"]
+        cells = [f"{statistics.median(one['flops'][name] / one['peak'] for one in rounds):.2%}" for name in names]
         print(
             f"| {NAMES[system]} | {statistics.median(one['padding'] for one in rounds):.1%} | "
             + " | ".join(cells)
@@ -303,7 +312,7 @@ def main():
         system, folder, seed = arguments.child
         set_constants(workload, folder, steps, int(seed), shlex.split(arguments.flags))
         return child(system, workload, folder, steps, arguments.trl_micro_batch)
-    results, peak, device = {name: [] for name in NAMES}, 0.0, "cuda" if torch.cuda.is_available() else "cpu"
+    results = {name: [] for name in NAMES}
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
         for seed in range(arguments.rounds):
@@ -321,9 +330,8 @@ def main():
                 if done.returncode:
                     sys.exit(done.stderr)
                 results[system].append(json.loads(done.stdout.splitlines()[-1]))
-                peak = max(peak, peak_flops(device))
                 print(f"seed {seed}, {NAMES[system]}: {results[system][-1]['seconds']:.3f} s per step", flush=True)
-    print_tables(results, peak, workload)
+    print_tables(results, workload)
 
 
 if __name__ == "__main__":

@@ -172,8 +172,9 @@ def flops(model, pairs, group_size):
     return {"rollout": rollouts, "update": 3 * one, "step": rollouts + 5 * one}
 
 
-def peak_flops(device, size=3072, seconds=1.5):
+def peak_flops(device, seconds=1.5):
     """Operations per second of a large matrix product: the best of several, in float32 or, on a GPU, bfloat16."""
+    size = 8192 if device == "cuda" else 2048
     a, best = torch.randn(size, size, device=device).to(torch.bfloat16 if device == "cuda" else torch.float32), 0.0
     a @ a
     start = time.perf_counter()
