@@ -7,6 +7,7 @@ flags, their types and `--help`. Nothing here knows an algorithm.
 import argparse
 import contextlib
 import difflib
+import hashlib
 import json
 import math
 import re
@@ -225,6 +226,8 @@ def _resume(namespace, constants, given):
         )
     if _without_constants(text) != _without_constants(before):
         print(f"Warning: {script.name} is not the code that the run began with, of which {folder} has a copy")
+    if run.get("rewards_sha256", sha256_of_rewards()) != sha256_of_rewards():
+        print("Warning: rewards.py is not as it was when the run began; what its rules say may have changed")
     for name, value in saved.items():
         if name in constants and name not in asked and name not in DEVICES:
             namespace[name] = value
@@ -291,6 +294,10 @@ def _source_of(name, text):
     """The text of a constant's value in a script, None where it has none."""
     found = re.search(rf"^{name} = (.*?)(?:  #|$)", text, re.MULTILINE)
     return found and found[1]
+
+
+def sha256_of_rewards():
+    return hashlib.sha256((HERE / "rewards.py").read_bytes()).hexdigest()
 
 
 def _without_constants(text):

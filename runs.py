@@ -2,7 +2,7 @@
 
 outputs/gspo-20260131-101500/
     gspo.py          a copy of the script
-    config.json      resolved constants, command, git commit, versions, hardware
+    config.json      resolved constants, fingerprints of prompts and models, command, git commit, versions, hardware
     metrics.jsonl    one object per training step; step 0 holds the evaluation before training
     metrics.png      the 4x2 figure, redrawn while training runs
     samples.jsonl    prompts, completions, rewards, advantages, answers
@@ -178,7 +178,9 @@ class Run:
         self._write("metrics.jsonl", *self.history)
         for name in ("samples.jsonl", "reward_failures.jsonl", "skipped.jsonl"):
             if (self.folder / name).is_file():
-                self._write(name, *(row for row in _rows(self.folder / name) if row["step"] <= last))
+                rows = _rows(self.folder / name)
+                of_step = [row for row in rows if row["step"] == self.done > last and row.get("of") == "rollout"]
+                self._write(name, *(row for row in rows if row["step"] <= last), *of_step)
 
     def _write(self, name, *rows):
         """A file of the folder, whole or not at all: JSON lines, or one JSON document."""
@@ -210,7 +212,8 @@ class Run:
             self.complaints.add(topic)
 
     def _log_failures(self, failures):
-        self._append("reward_failures.jsonl", [{"step": self.done + 1, **failure} for failure in failures])
+        where = {"step": self.done + self.in_step, "of": "rollout" if self.in_step else "evaluation"}
+        self._append("reward_failures.jsonl", [where | failure for failure in failures])
 
     # -- The steps
 
@@ -424,6 +427,9 @@ class Run:
                 found = f"the newest checkpoint is {path}" if path else "there is no checkpoint"
                 kept = f"the state after step {self.done} is in {path}" if saved else found
                 kept += f"; go on with python {self.algorithm}.py --resume {self.folder}"
+                if issubclass(kind, torch.OutOfMemoryError):  # where no smaller part of the work would help
+                    remedy = "use a smaller model, --lora-rank or --policy-dtype bfloat16"
+                    kind, error = InputError, f"out of memory ({' '.join(str(error).split())}); {remedy}"
                 if kind is InputError:
                     raise InputError(f"step {step}: {error}; {kept}") from None
                 self.bar.close()
@@ -532,6 +538,7 @@ def describe_machine(repository):
         commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
     packages = ("torch", "transformers", "numpy")
     return {
+        "rewards_sha256": configs.sha256_of_rewards(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "git_commit": commit,

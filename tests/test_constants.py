@@ -296,6 +296,22 @@ def test_a_run_may_move_where_its_content_is_known(capsys, runs):
     assert "PROMPTS = " in refused_resume(capsys, *moved)
 
 
+def test_code_that_changed_since_a_run_began_is_named(capsys, runs, monkeypatch):
+    resume = ["--resume", str(runs / "gspo-1")]
+    config = json.loads((runs / "gspo-1" / "config.json").read_text())
+    config["rewards_sha256"] = configs.sha256_of_rewards()
+    (runs / "gspo-1" / "config.json").write_text(json.dumps(config))
+    configs.apply_overrides(vars(gspo), resume)
+    assert "Warning" not in capsys.readouterr().out
+    (runs / "gspo-1" / "config.json").write_text(json.dumps(config | {"rewards_sha256": "0" * 64}))
+    with open(runs / "gspo-1" / "gspo.py", "a") as file:
+        file.write("# another line\n")
+    configs.apply_overrides(vars(gspo), resume)
+    of_script, of_rewards = capsys.readouterr().out.splitlines()
+    assert "gspo.py is not the code that the run began with" in of_script
+    assert "rewards.py is not as it was when the run began" in of_rewards
+
+
 # ---- Devices
 
 

@@ -598,9 +598,14 @@ def test_where_not_even_one_fits_it_is_one_line(tmp_path, monkeypatch, capsys):
     def never(*_, **__):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(gspo, "sample_completions", never)
-    code, line = resume(capsys, gspo)
+    with monkeypatch.context() as patch:
+        patch.setattr(gspo, "sample_completions", never)
+        code, line = resume(capsys, gspo)
     assert code == 2 and "out of memory in sampling with one completion at a time" in line and "--lora-rank" in line
+    monkeypatch.setattr(torch.optim.AdamW, "step", never)  # which makes its moments
+    code, line = resume(capsys, gspo)
+    assert code == 2 and "step 1: out of memory (no room); use a smaller model, --lora-rank" in line
+    assert "there is no checkpoint; go on with python gspo.py --resume" in line
 
 
 def test_a_clock_that_jumps_disturbs_nothing(tmp_path, whole, monkeypatch):
@@ -615,12 +620,20 @@ def test_a_clock_that_jumps_disturbs_nothing(tmp_path, whole, monkeypatch):
 def test_a_run_of_local_files_asks_no_network(tmp_path, monkeypatch):
     import socket
 
-    def refuse(*_):
-        raise AssertionError("the network was asked")
+    asked, model = [], gspo.POLICY_MODEL
+
+    def refuse(host, *_, **__):
+        asked.append(host)
+        raise AssertionError("the network was asked")  # no OSError, which would be tried again
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    set_up(gspo, tmp_path, MAX_STEPS=1).train()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with contextlib.suppress(Exception):
+        set_up(gspo, tmp_path, POLICY_MODEL="nobody/nothing")
+    assert asked  # so would be seen what a run of local files asks
+    asked.clear()
+    set_up(gspo, tmp_path, MAX_STEPS=1, POLICY_MODEL=model).train()
+    assert not asked
 
 
 @pytest.mark.parametrize("at", [7, 17])

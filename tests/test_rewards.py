@@ -232,7 +232,7 @@ def test_a_run_whose_rewards_fail_stops_with_a_checkpoint_and_its_failures(small
     (folder,) = (configs.HERE / small.OUTPUT_DIR).iterdir()
     assert (folder / "checkpoints/step-1/model.safetensors").is_file()
     failures = [json.loads(line) for line in (folder / "reward_failures.jsonl").read_text().splitlines()]
-    assert len(failures) == 16 and {failure["step"] for failure in failures} == {2}
+    assert len(failures) == 16 and {(failure["step"], failure["of"]) for failure in failures} == {(2, "rollout")}
     assert len((folder / "reward_failures.jsonl").read_text().splitlines()) == 16
 
 
@@ -250,6 +250,8 @@ def test_an_evaluation_that_fails_leaves_the_model_of_its_step(small, monkeypatc
     assert "step 2: 12 of 12 completions got no reward" in err and "the state after step 2 is in" in err
     (folder,) = (configs.HERE / small.OUTPUT_DIR).iterdir()
     assert (folder / "checkpoints/step-2/model.safetensors").is_file()
+    failures = [json.loads(line) for line in (folder / "reward_failures.jsonl").read_text().splitlines()]
+    assert {(failure["step"], failure["of"]) for failure in failures} == {(2, "evaluation")}
 
 
 # ---- The shipped rules
