@@ -1,4 +1,7 @@
+import multiprocessing
 import os
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 os.environ["OMP_NUM_THREADS"] = "1"  # a process per core, see pyproject.toml; for those that tests start, too
@@ -11,6 +14,7 @@ import dapo
 import grpo
 import gspo
 import plotting
+import rewards
 
 SCRIPTS = (gspo, grpo, dapo)
 torch.set_num_threads(1)
@@ -62,3 +66,37 @@ def shrink(script, tmp_path):
 def trainer_of(script):
     """A new trainer, whatever the script's name."""
     return getattr(script, f"{script.__name__.upper()}Trainer")()
+
+
+class Forked(multiprocessing.get_context("fork").Process):
+    """work() in a process of its own, forked from this one: what it would import first takes longer than small runs.
+
+    To be used like a subprocess.Popen with both streams piped.
+    """
+
+    def __init__(self, work, folder):
+        super().__init__()
+        self.work, self.streams = work, [folder / f"{name}-{id(self)}" for name in ("out", "err")]
+        self.start()
+
+    def run(self):
+        as_a_program(*(os.open(path, os.O_WRONLY | os.O_CREAT) for path in self.streams))
+        self.work()
+
+    def communicate(self, timeout=None):
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.work, timeout)
+        return tuple(path.read_text() for path in self.streams)
+
+    @property
+    def returncode(self):
+        return self.exitcode
+
+
+def as_a_program(out, err):
+    """Gives a forked process streams of its own, by their descriptors, and lets it start its own server of rules."""
+    for number, descriptor in ((1, out), (2, err)):
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    rewards._server_of.cache_clear()

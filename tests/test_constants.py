@@ -1,6 +1,7 @@
 """Overrides, presets and rules; and what a person sees who gives something that cannot be used."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -285,6 +286,17 @@ def test_the_latest_run_is_found_beside_links_that_lead_nowhere(runs):
         (folder / "link").symlink_to("nowhere")
     configs.apply_overrides(vars(gspo), ["--resume", "latest", "--output-dir", str(runs)])
     assert gspo.RESUME.startswith(str(runs / "gspo-"))
+
+
+def test_the_latest_run_is_the_one_that_logged_last_whatever_was_drawn_since(runs):
+    for name, logged in (("gspo-1", 2e9), ("gspo-2", 1e9)):
+        for log in ("config.json", "metrics.jsonl"):
+            (runs / name / log).touch()
+            os.utime(runs / name / log, (logged, logged))
+    (runs / "gspo-2" / "metrics.png").touch()
+    os.utime(runs / "gspo-2" / "metrics.png", (3e9, 3e9))
+    configs.apply_overrides(vars(gspo), ["--resume", "latest", "--output-dir", str(runs)])
+    assert str(runs / "gspo-1") == gspo.RESUME
 
 
 def test_a_run_may_move_where_its_content_is_known(capsys, runs):

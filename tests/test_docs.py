@@ -62,6 +62,7 @@ def test_every_flag_named_exists(page):
         "benchmarks/crash",
         "benchmarks/against_trl",
         "benchmarks/rollouts",
+        "benchmarks/parts",
         "benchmarks/scaling",
         "data/make_arithmetic",
     ]:

@@ -5,15 +5,15 @@ import json
 import os
 import pty
 import random
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import SCRIPTS, shrink, trainer_of
+from conftest import SCRIPTS, Forked, as_a_program, shrink, trainer_of
 from safetensors.torch import load_file, save_file
 from test_run import read_jsonl, timeless
 
@@ -386,18 +386,18 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
-    code = (
-        "import gspo, os, signal, time\n"
-        f"vars(gspo).update(MAX_STEPS=3, BATCH_SIZE=2, EVAL_SIZE=2, OUTPUT_DIR={str(tmp_path)!r}, TENSORBOARD=False)\n"
-        "trainer = gspo.GSPOTrainer()\n"
-        "def hang(*a):\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); print('waits', flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)\n"
-        "trainer.update = hang\n"
-        "trainer.train()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=configs.HERE, capture_output=True, text=True, timeout=60)
-    assert done.returncode == -signal.SIGTERM and "waits" in done.stdout
+    trainer = set_up(gspo, tmp_path)
+
+    def hang(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("waits", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    trainer.update = hang
+    run = Forked(trainer.train, tmp_path)
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == -signal.SIGTERM and "waits" in out
 
 
 def test_an_error_that_nobody_foresaw_leaves_a_checkpoint(tmp_path, whole, monkeypatch, capsys):
@@ -434,19 +434,23 @@ def test_a_signal_while_a_profile_is_taken(tmp_path, monkeypatch):
 
 
 def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):
-    flags = ["--batch-size", "2", "--eval-size", "2", "--max-steps", "500", "--save-every", "0", "--no-tensorboard"]
-    command = [sys.executable, str(configs.HERE / "gspo.py"), *flags, "--output-dir", str(tmp_path)]
+    trainer = set_up(gspo, tmp_path, MAX_STEPS=500, SAVE_EVERY=0)
     child, terminal = pty.fork()
     if child == 0:
-        os.execv(sys.executable, command)
+        as_a_program(1, 2)
+        try:
+            trainer.train()
+        except SystemExit as exit_:
+            os._exit(exit_.code)
+        os._exit(0)
     os.set_blocking(terminal, False)
-    while not any(path.read_text().count("\n") > 2 for path in tmp_path.glob("*/metrics.jsonl")):
+    while not any(path.read_text().count("\n") > 2 for path in tmp_path.glob("outputs/*/metrics.jsonl")):
         with contextlib.suppress(BlockingIOError):
             os.read(terminal, 4096)
         time.sleep(0.05)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
-    (run,) = tmp_path.iterdir()
+    (run,) = (tmp_path / "outputs").iterdir()
     steps = len(read_jsonl(run / "metrics.jsonl")) - 1
     assert steps <= int(checkpoints.newest(run).name.removeprefix("step-")) <= steps + 1
 
@@ -481,35 +485,62 @@ def test_a_broken_end_of_a_log_is_cut_off(tmp_path, whole, tail):
     assert_the_same(resumed(gspo, trainer.run.folder), whole(gspo))
 
 
+def test_a_broken_line_in_the_middle_of_a_log_takes_no_other_with_it(tmp_path, whole):
+    trainer = crashing(set_up(gspo, tmp_path), 4)
+    with pytest.raises(Crash):
+        trainer.train()
+    path = trainer.run.folder / "samples.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text(first + '{"step": 1, "pro\n\0\0\n' + "".join(others))
+    assert_the_same(resumed(gspo, trainer.run.folder), whole(gspo))
+
+
+def test_pictures_that_cannot_be_drawn_stop_no_training(tmp_path, monkeypatch, capsys):
+    def refuse(folder):
+        raise configs.InputError("no such font")
+
+    monkeypatch.setattr(runs.plotting, "draw_run", refuse)
+    assert len(set_up(gspo, tmp_path, MAX_STEPS=2, EVAL_EVERY=1).train()) == 3
+    out = "".join(capsys.readouterr())
+    assert out.count("the pictures could not be drawn: no such font; training goes on") == 1
+
+
+def run_with_room_for(size, argv, tmp_path):
+    """A run of gspo.py that can write no file above some bytes, as on a disk that gets full: code, stdout, stderr."""
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        gspo.main(argv)
+
+    run = Forked(work, tmp_path)
+    out, err = run.communicate(timeout=120)
+    return run.returncode, out, err
+
+
 def test_a_full_disk_stops_no_training_and_says_what_was_not_written(tmp_path):
-    command = [
-        sys.executable,
-        str(configs.HERE / "gspo.py"),
-        "--preset",
-        "smoke",
-        "--save-every",
-        "1",
-        "--no-tensorboard",
-    ]
-    command += ["--output-dir", str(tmp_path / "outputs")]
-    limited = ["bash", "-c", 'ulimit -f 600; exec "$@"', "bash", *command]  # no file above 600 KB; the model has 1.2 MB
-    done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "a checkpoint could not be written" in done.stdout and "training goes on" in done.stdout
-    assert "final could not be written" in done.stderr.splitlines()[-1]
+    argv = ["--preset", "smoke", "--save-every", "1", "--no-tensorboard", "--output-dir", str(tmp_path / "outputs")]
+    code, out, err = run_with_room_for(600 * 1024, argv, tmp_path)  # the model has 1.2 MB
+    assert code == 2 and "Traceback" not in err
+    assert "a checkpoint could not be written" in out and "training goes on" in out
+    assert "final could not be written" in err.splitlines()[-1]
     (folder,) = (tmp_path / "outputs").iterdir()
     assert len(read_jsonl(folder / "metrics.jsonl")) == 3 and not list(folder.rglob("*.part"))
-    with open("/dev/full", "w") as full:  # nor does a full disk under what is printed stop anything
-        done = subprocess.run([*command, "--resume", "latest"], stdout=subprocess.PIPE, stderr=full, timeout=120)
-    assert done.returncode == 0 and (folder / "final/model.safetensors").is_file()
+
+    def under_a_full_disk():  # nor does one under what is printed stop anything
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        gspo.main([*argv, "--resume", "latest"])
+        os._exit(0)  # for what is still to be written to the stream has nowhere to go
+
+    run = Forked(under_a_full_disk, tmp_path)
+    run.communicate(timeout=120)
+    assert run.returncode == 0 and (folder / "final/model.safetensors").is_file()
 
 
 def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_nothing(tmp_path):
-    command = [sys.executable, str(configs.HERE / "gspo.py"), "--preset", "smoke", "--output-dir", str(tmp_path)]
-    limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *command]  # the script itself has more than 20 KB
-    done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "cannot write there" in done.stderr.splitlines()[-1] and not list(tmp_path.iterdir())
+    argv = ["--preset", "smoke", "--output-dir", str(tmp_path / "outputs")]
+    code, _, err = run_with_room_for(20 * 1024, argv, tmp_path)  # the script itself has more
+    assert code == 2 and "Traceback" not in err
+    assert "cannot write there" in err.splitlines()[-1] and not list((tmp_path / "outputs").iterdir())
 
 
 def test_lines_that_could_not_be_written_follow_later(tmp_path, monkeypatch, capsys):
@@ -639,29 +670,35 @@ def test_a_run_of_local_files_asks_no_network(tmp_path, monkeypatch):
 @pytest.mark.parametrize("at", [7, 17])
 def test_killed_in_the_middle_of_writing_a_checkpoint(tmp_path, whole, at):
     expected = whole(gspo)
-    shrink(gspo, tmp_path)
-    constants = configs.constant_values(vars(gspo)) | FOUR_STEPS
-    code = (
-        "import checkpoints, gspo, os, signal\n"
-        f"vars(gspo).update({constants!r})\n"
-        "synced, sync = [], checkpoints.sync\n"
-        "def killed(path):\n"
-        "    synced.append(path)\n"
-        f"    os.kill(os.getpid(), signal.SIGKILL) if len(synced) == {at} else sync(path)\n"
-        "checkpoints.sync = killed\n"
-        "gspo.GSPOTrainer().train()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=configs.HERE, capture_output=True, text=True, timeout=90)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    trainer, synced, sync = set_up(gspo, tmp_path), [], checkpoints.sync
+
+    def killed(path):
+        synced.append(path)
+        os.kill(os.getpid(), signal.SIGKILL) if len(synced) == at else sync(path)
+
+    def work():
+        checkpoints.sync = killed
+        trainer.train()
+
+    run = Forked(work, tmp_path)
+    _, errors = run.communicate(timeout=90)
+    assert run.returncode == -signal.SIGKILL, errors
     (folder,) = (tmp_path / "outputs").iterdir()
     assert [path.name for path in folder.glob("checkpoints/*.part")]
-    vars(gspo).update(constants)
     assert_the_same(resumed(gspo, folder), expected)
 
 
-def test_killed_at_a_random_moment_a_run_still_ends_as_it_would_have(tmp_path):
+@pytest.mark.drawn
+def test_killed_at_random_moments_a_run_still_ends_as_it_would_have(tmp_path, monkeypatch):
+    """As benchmarks/crash.py does, with processes that start at once."""
     sys.path.insert(0, str(configs.HERE / "benchmarks"))
     import crash
 
-    at, identical = crash.measure("gspo", kills=1, folder=tmp_path, seed=1)
-    assert len(at) == 1 and identical and all(identical)
+    def start(script, folder):
+        resume = ["--resume", "latest"] if list(folder.glob("*/config.json")) else []
+        return Forked(lambda: gspo.main([*crash.FLAGS, "--output-dir", str(folder), *resume]), tmp_path)
+
+    monkeypatch.setattr(crash, "start", start)
+    (tmp_path / "runs").mkdir()
+    at, identical = crash.measure("gspo", kills=3, folder=tmp_path / "runs", seed=1)
+    assert len(at) == 3 and identical and all(identical)

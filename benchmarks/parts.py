@@ -1,0 +1,110 @@
+"""What each way of saving time is worth: the same work with it and without it, in turns, in one process.
+
+    python benchmarks/parts.py                          embedded and longtail
+    python benchmarks/parts.py longtail --rounds 9
+
+The work is an update, one optimizer step on a mini-batch, or the sampling of a step. Prints how many times as long it
+takes without: the median over the rounds, and the quartiles. The first round warms up.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from unittest import mock
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch
+
+import torch
+from workloads import WORKLOADS, grpo, prepare, set_constants, synchronize
+
+import attention
+import decoding
+import kernels
+
+
+def plain_token_logps(hidden, targets, head, with_entropy, at_once):
+    log_probs = head(hidden).float().log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1) if with_entropy else torch.zeros_like(log_probs[:, 0])
+    return log_probs.gather(1, targets[:, None]).squeeze(1), entropy
+
+
+@contextlib.contextmanager
+def not_fused(optimizer):
+    for group in optimizer.param_groups:
+        group["fused"] = False
+    yield
+    for group in optimizer.param_groups:
+        group["fused"] = True
+
+
+def parts_of(trainer):
+    """(what is saved by, the work, a context that does without it) of each."""
+    patch = mock.patch.object
+    return [
+        ("the head by blocks of the vocabulary", "update", lambda: patch(grpo, "token_logps", plain_token_logps)),
+        ("attention by rows of like length", "update", lambda: patch(attention, "alike", lambda lengths: [lengths])),
+        ("fused AdamW", "update", lambda: not_fused(trainer.optimizer)),
+        ("the sampler's own decode step", "rollout", lambda: patch(decoding, "FAMILY", ())),
+        ("two-level inversion", "rollout", lambda: patch(grpo, "invert_cumulative", lambda *a: kernels._passes(*a)[0])),
+        ("sampling in inference mode", "rollout", lambda: patch(torch, "inference_mode", torch.no_grad)),
+    ]
+
+
+def measure(workload, rounds):
+    """(what, work, seconds with it, how many times as long without it, per round) of each part."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(workload, folder)
+        set_constants(workload, folder, steps=1)
+        trainer = grpo.GRPOTrainer()
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    ref_logps, old_logps = trainer.compute_log_probs(trainer.ref_model, rollouts), trainer.compute_old_logps(rollouts)
+    advantages = torch.randn(len(rollouts.texts), generator=grpo.generator_of("parts")).to(trainer.policy_device)
+    mini_batches = torch.randperm(len(rollouts.texts), generator=grpo.generator_of("parts")).tensor_split(4)
+
+    def update(number):
+        trainer.update(rollouts, mini_batches[number % 4], old_logps, ref_logps, advantages)
+
+    works = {"update": update, "rollout": trainer.generate_responses_with_group_sampling}
+
+    def seconds_of(work, number):
+        synchronize()
+        start = time.perf_counter()
+        works[work](number)
+        synchronize()
+        return time.perf_counter() - start
+
+    found = []
+    for what, work, without in parts_of(trainer):
+        plain, ratios = [], []
+        for number in range(rounds + 1):
+            plain.append(seconds_of(work, number))
+            with without():
+                ratios.append(seconds_of(work, number) / plain[-1])
+        found.append((what, work, statistics.median(plain[1:]), ratios[1:]))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    choices = [name for name in WORKLOADS if name != "qwen3" or torch.cuda.is_available()]
+    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"some of {', '.join(choices)}")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    if wrong := set(arguments.workloads) - set(choices):
+        parser.error(f"no such workload here: {', '.join(wrong)}; there are {', '.join(choices)}")
+    if arguments.rounds < 2:
+        parser.error("--rounds: give at least two, for there are quartiles to tell")
+    for workload in arguments.workloads or ["embedded", "longtail"]:
+        found = measure(workload, arguments.rounds)
+        print(f"\n{workload}, {arguments.rounds} rounds\n")
+        print("| without | takes, times as long | quartiles | with it, s |\n|---|---|---|---|")
+        for what, work, seconds, ratios in found:
+            low, middle, high = statistics.quantiles(ratios, method="inclusive")
+            print(f"| {what} | {work} {middle:.2f} | {low:.2f} to {high:.2f} | {seconds:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
