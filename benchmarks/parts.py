@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import statistics
+import sys
 import tempfile
 import time
 from unittest import mock
@@ -45,6 +46,7 @@ def parts_of(trainer):
     patch = mock.patch.object
     return [
         ("the head by blocks of the vocabulary", "update", lambda: patch(grpo, "token_logps", plain_token_logps)),
+        ("logits kept for the backward pass", "update", lambda: patch(grpo, "LOGITS_AT_ONCE", 2**22)),
         ("attention by rows of like length", "update", lambda: patch(attention, "alike", lambda lengths: [lengths])),
         ("fused AdamW", "update", lambda: not_fused(trainer.optimizer)),
         ("the sampler's own decode step", "rollout", lambda: patch(decoding, "FAMILY", ())),
@@ -58,7 +60,8 @@ def measure(workload, rounds):
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
         set_constants(workload, folder, steps=1)
-        trainer = grpo.GRPOTrainer()
+        with contextlib.redirect_stdout(sys.stderr):  # not between the lines of the table
+            trainer = grpo.GRPOTrainer()
     rollouts = trainer.generate_responses_with_group_sampling(1)
     ref_logps, old_logps = trainer.compute_log_probs(trainer.ref_model, rollouts), trainer.compute_old_logps(rollouts)
     advantages = torch.randn(len(rollouts.texts), generator=grpo.generator_of("parts")).to(trainer.policy_device)
@@ -76,15 +79,13 @@ def measure(workload, rounds):
         synchronize()
         return time.perf_counter() - start
 
-    found = []
     for what, work, without in parts_of(trainer):
         plain, ratios = [], []
         for number in range(rounds + 1):
             plain.append(seconds_of(work, number))
             with without():
                 ratios.append(seconds_of(work, number) / plain[-1])
-        found.append((what, work, statistics.median(plain[1:]), ratios[1:]))
-    return found
+        yield what, work, statistics.median(plain[1:]), ratios[1:]
 
 
 def main():
@@ -98,12 +99,11 @@ def main():
     if arguments.rounds < 2:
         parser.error("--rounds: give at least two, for there are quartiles to tell")
     for workload in arguments.workloads or ["embedded", "longtail"]:
-        found = measure(workload, arguments.rounds)
         print(f"\n{workload}, {arguments.rounds} rounds\n")
         print("| without | takes, times as long | quartiles | with it, s |\n|---|---|---|---|")
-        for what, work, seconds, ratios in found:
+        for what, work, seconds, ratios in measure(workload, arguments.rounds):
             low, middle, high = statistics.quantiles(ratios, method="inclusive")
-            print(f"| {what} | {work} {middle:.2f} | {low:.2f} to {high:.2f} | {seconds:.3f} |")
+            print(f"| {what} | {work} {middle:.2f} | {low:.2f} to {high:.2f} | {seconds:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

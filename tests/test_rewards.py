@@ -3,12 +3,14 @@
 import functools
 import json
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from conftest import Forked
 
 import configs
 import gspo
@@ -177,10 +179,19 @@ def test_a_syntax_error_in_the_rules_is_one_line(tmp_path):
     for path in configs.HERE.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
     (tmp_path / "rewards.py").write_text("def rule(prompt, completion, row)\n    return 1.0\n")
-    command = [sys.executable, str(tmp_path / "gspo.py"), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"gspo.py: error: {tmp_path}/rewards.py, line 1: expected ':'; mend it there\n"
+
+    def work():
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").parent == configs.HERE:
+                del sys.modules[name]  # to be found in the folder instead
+        sys.path.insert(0, str(tmp_path))
+        sys.argv = [str(tmp_path / "gspo.py"), "--help"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    run = Forked(work, tmp_path)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and out == ""
+    assert err == f"gspo.py: error: {tmp_path}/rewards.py, line 1: expected ':'; mend it there\n"
 
 
 def test_a_reward_model_that_returns_nan_is_a_failure_like_any_other():
@@ -276,7 +287,9 @@ def test_an_evaluation_that_fails_leaves_the_model_of_its_step(small, monkeypatc
     ],
 )
 def test_math(answer, completion, right):
-    assert rewards.Rewards({"math": 1.0})([{"prompt": "p", "answer": answer}], [completion]) == [right]
+    assert (
+        rewards.math("p", completion, {"answer": answer}) == right
+    )  # without a time limit, for the machine may be busy
 
 
 def test_an_answer_that_would_take_forever_to_compare_is_a_failure():
