@@ -280,6 +280,7 @@ def add_lora(model, rank, alpha, targets):
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers to peft, about a name that peft still uses
+            warnings.simplefilter("ignore", UserWarning)  # of a tied output head, which is refused below
             adapter = peft.get_peft_model(model, config)
     except ValueError as error:
         remedy = "give names of the model's linear layers"
