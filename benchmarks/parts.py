@@ -19,7 +19,7 @@ from unittest import mock
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch
 
 import torch
-from workloads import WORKLOADS, grpo, prepare, set_constants, synchronize
+from workloads import grpo, parse_with_workloads, prepare, set_constants, synchronize
 
 import attention
 import decoding
@@ -90,15 +90,11 @@ def measure(workload, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    choices = [name for name in WORKLOADS if name != "qwen3" or torch.cuda.is_available()]
-    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"some of {', '.join(choices)}")
     parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    if wrong := set(arguments.workloads) - set(choices):
-        parser.error(f"no such workload here: {', '.join(wrong)}; there are {', '.join(choices)}")
+    arguments = parse_with_workloads(parser)
     if arguments.rounds < 2:
         parser.error("--rounds: give at least two, for there are quartiles to tell")
-    for workload in arguments.workloads or ["embedded", "longtail"]:
+    for workload in arguments.workloads:
         print(f"\n{workload}, {arguments.rounds} rounds\n")
         print("| without | takes, times as long | quartiles | with it, s |\n|---|---|---|---|")
         for what, work, seconds, ratios in measure(workload, arguments.rounds):

@@ -18,7 +18,7 @@ import time
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch; for every system alike
 
 import torch
-from workloads import WORKLOADS, flops, grpo, peak_flops, prepare, set_constants, synchronize
+from workloads import flops, grpo, parse_with_workloads, peak_flops, prepare, set_constants, synchronize
 
 ONE_BY_ONE = 8
 
@@ -87,13 +87,9 @@ def measure(workload, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    choices = [name for name in WORKLOADS if name != "qwen3" or torch.cuda.is_available()]
-    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"some of {', '.join(choices)}")
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    if wrong := set(arguments.workloads) - set(choices):
-        parser.error(f"no such workload here: {', '.join(wrong)}; there are {', '.join(choices)}")
-    for workload in arguments.workloads or ["embedded", "longtail"]:
+    arguments = parse_with_workloads(parser)
+    for workload in arguments.workloads:
         found, trainer = measure(workload, arguments.rounds)
         peak, speeds = peak_flops(trainer.policy.device.type), {}
         print(f"\n{workload}, {arguments.rounds} rounds of {grpo.BATCH_SIZE} x {grpo.GROUP_SIZE} completions\n")

@@ -155,6 +155,17 @@ def make_model(folder, sizes, ends, longest, context=2048, prompts=512):
     (Path(folder) / "prompts.jsonl").write_text("".join(rows))
 
 
+def parse_with_workloads(parser):
+    """The arguments of a benchmark, with .workloads: those named, or embedded and longtail."""
+    choices = [name for name in WORKLOADS if name != "qwen3" or torch.cuda.is_available()]
+    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"some of {', '.join(choices)}")
+    arguments = parser.parse_args()
+    if wrong := set(arguments.workloads) - set(choices):
+        parser.error(f"no such workload here: {', '.join(wrong)}; there are {', '.join(choices)}")
+    arguments.workloads = arguments.workloads or ["embedded", "longtail"]
+    return arguments
+
+
 def parameters_of_layers(model):
     """N: the weights of the matrices in the layers."""
     linear = (module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear))
