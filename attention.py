@@ -30,11 +30,12 @@ class Packing:
             self.model.set_attn_implementation(NAME)
         self.width = int(self.lengths.max())
         self.first = self.lengths.cumsum(0) - self.lengths  # (rows,) the token that each sequence begins with
-        self.place, self.position = places(self.lengths, self.width, self.device)
+        self.place = places(self.lengths, self.width, self.device)  # (N,)
+        self.position = self.place % self.width
         self.parts, begin = [], 0
         for lengths in alike(self.lengths):
             tokens, width = int(lengths.sum()), int(lengths.max())
-            place = places(lengths, width, self.device)[0]
+            place = self.place if len(lengths) == len(self.lengths) else places(lengths, width, self.device)
             self.parts.append((slice(begin, begin + tokens), Rows(len(lengths), width, place)))
             begin += tokens
 
@@ -49,10 +50,8 @@ class Packing:
 
 
 def places(lengths, width, device):
-    """Where each of the N tokens of sequences stands in rows of that width one after the other, and in its row."""
-    inside = torch.arange(width) < lengths[:, None]  # (rows, width)
-    place = inside.flatten().nonzero().squeeze(1).to(device)  # (N,)
-    return place, place % width
+    """Where each of the N tokens of sequences stands in rows of that width one after the other, (N,)."""
+    return (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1).to(device)
 
 
 def alike(lengths):

@@ -28,8 +28,9 @@ class Fits:
             except torch.OutOfMemoryError as error:
                 if size == 1:
                     raise InputError(
-                        f"out of memory in {purpose} with one completion at a time ({error}); use a smaller model, "
-                        "--lora-rank, --gradient-checkpointing or a lower --max-completion-tokens"
+                        f"out of memory in {purpose} with one completion at a time ({error}); use "
+                        "--gradient-checkpointing, or begin a new run with a smaller model, --lora-rank or "
+                        "a lower --max-completion-tokens"
                     ) from None
             self.halvings[purpose] += 1
             torch.cuda.empty_cache()

@@ -428,7 +428,7 @@ class Run:
                 kept = f"the state after step {self.done} is in {path}" if saved else found
                 kept += f"; go on with python {self.algorithm}.py --resume {self.folder}"
                 if issubclass(kind, torch.OutOfMemoryError):  # where no smaller part of the work would help
-                    remedy = "use a smaller model, --lora-rank or --policy-dtype bfloat16"
+                    remedy = "resume with more memory, or begin a new run with --lora-rank or --policy-dtype bfloat16"
                     kind, error = InputError, f"out of memory ({' '.join(str(error).split())}); {remedy}"
                 if kind is InputError:
                     raise InputError(f"step {step}: {error}; {kept}") from None

@@ -635,7 +635,7 @@ def test_where_not_even_one_fits_it_is_one_line(tmp_path, monkeypatch, capsys):
     assert code == 2 and "out of memory in sampling with one completion at a time" in line and "--lora-rank" in line
     monkeypatch.setattr(torch.optim.AdamW, "step", never)  # which makes its moments
     code, line = resume(capsys, gspo)
-    assert code == 2 and "step 1: out of memory (no room); use a smaller model, --lora-rank" in line
+    assert code == 2 and "step 1: out of memory (no room); resume with more memory, or begin a new run" in line
     assert "there is no checkpoint; go on with python gspo.py --resume" in line
 
 
