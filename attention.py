@@ -120,6 +120,8 @@ class GrowingCache:
     Each step writes its token into room that is there already; a new half is added when it is full. Rows can leave.
     """
 
+    slot = None  # (1,) where the next token goes: set while a step is recorded, which attends to the whole room
+
     def __init__(self, most):
         self.most, self.layers, self.lengths = most, [], []  # tokens it will ever hold; (keys, values); tokens so far
 
@@ -136,21 +138,26 @@ class GrowingCache:
         if layer == len(self.layers):
             self.layers.append((key[:, :, :0], value[:, :, :0]))
             self.lengths.append(0)
+        if self.slot is not None:
+            return tuple(
+                states.index_copy_(2, self.slot, new)
+                for states, new in zip(self.layers[layer], (key, value), strict=True)
+            )
         start = self.lengths[layer]
-        end = self.lengths[layer] = start + key.shape[2]
-        if end > self.layers[layer][0].shape[2]:
-            room = min(max(end, self.most), end + max(32, end // 2))
-            self.layers[layer] = tuple(self._with_room(states, room, start) for states in self.layers[layer])
+        end = start + key.shape[2]
+        self.make_room(layer, end)
+        self.lengths[layer] = end
         for states, new in zip(self.layers[layer], (key, value), strict=True):
             states[:, :, start:end] = new
         return tuple(states[:, :, :end] for states in self.layers[layer])
 
+    def make_room(self, layer, end):
+        """Has a layer hold end tokens; what is new is 0, for a weight of 0 would not hide what is no number."""
+        states, used = self.layers[layer], self.lengths[layer]
+        if end > states[0].shape[2]:
+            more = min(max(end, self.most), end + max(32, end // 2)) - used
+            self.layers[layer] = tuple(torch.nn.functional.pad(x[:, :, :used], (0, 0, 0, more)) for x in states)
+
     def select(self, rows):
         """Keeps some rows, in that order; repeats those that are named several times."""
         self.layers = [tuple(states[rows] for states in layer) for layer in self.layers]
-
-    @staticmethod
-    def _with_room(states, room, used):
-        larger = states.new_empty(*states.shape[:2], room, states.shape[3])
-        larger[:, :, :used] = states[:, :, :used]
-        return larger

@@ -2,9 +2,11 @@
 
 The models of transformers spend most of such a step between operations: a small model on a CPU, and any model on a GPU,
 waits for Python and for launches. For the family of Llama and Qwen the same sums are written here with a third of the
-operations: projections that read the same input are one matrix, norms one call, the rotation three. Any other model
-takes the step itself.
+operations: projections that read the same input are one matrix, norms one call, the rotation three; and a GPU gets
+them all in one launch. Any other model takes the step itself.
 """
+
+import warnings
 
 import torch
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ def decoder_of(model):
     ropes = ("default", "linear", "llama3", "yarn")
     known = type(model).__name__ in FAMILY and config.hidden_act == "silu" and linear
     if known and config.rope_parameters["rope_type"] in ropes and not getattr(config, "use_sliding_window", False):
-        return Decoder(model)
+        return Replayed(Decoder(model)) if model.device.type == "cuda" else Decoder(model)
 
     def step(tokens, positions, cache, seen):
         inputs = {"input_ids": tokens[:, None], "position_ids": positions[:, None], "past_key_values": cache}
@@ -106,6 +108,71 @@ class Decoder:
             gate, up = F.linear(norm(hidden, layer["mlp_norm"]).to(self.dtype), *layer["gate_up"]).chunk(2, 1)
             hidden = hidden + F.linear(F.silu(gate) * up, *layer["down"])
         return norm(hidden, self.model.base_model.norm).to(self.model.dtype)
+
+
+class Replayed:
+    """A Decoder whose step is recorded as a CUDA graph, and then replayed for each token until rows leave or room ends.
+
+    A step that is recorded is also taken as it is. Where a replay finds something else, or nothing can be recorded, a
+    warning says so and steps are taken as they are.
+    """
+
+    def __init__(self, decoder):
+        self.decoder, self.works, self.keys, self.graph, self.stream = decoder, True, None, None, None
+
+    def __call__(self, tokens, positions, cache, seen):
+        end = seen.shape[1]
+        for layer in range(len(cache.layers)):
+            cache.make_room(layer, end)
+        if self.works and cache.layers[0][0] is self.keys:
+            self.tokens.copy_(tokens)
+            self.positions.copy_(positions)
+            self.seen[:, :end] = seen
+            self.slot.fill_(end - 1)
+            cache.lengths = [end] * len(cache.layers)
+            return self.replay()
+        hidden = self.decoder(tokens, positions, cache, seen)
+        if self.works:
+            self.tokens, self.positions, self.slot = tokens.clone(), positions.clone(), positions.new_tensor([end - 1])
+            self.keys = cache.layers[0][0]
+            self.seen = seen.new_zeros(len(tokens), self.keys.shape[2])
+            self.seen[:, :end] = seen
+            self.try_to_record(cache, hidden)
+        return hidden
+
+    def try_to_record(self, cache, expected):
+        cache.slot = self.slot
+        try:
+            self.replay = self.record(lambda: self.decoder(self.tokens, self.positions, cache, self.seen))
+            difference, largest = (self.replay() - expected).abs().max().item(), expected.abs().max().item()
+            if not difference <= 0.05 * largest:  # bfloat16 may sum in another order; a mistake is far larger
+                raise RuntimeError(f"a replay differs by {difference:g} where numbers are up to {largest:g}")
+        except RuntimeError as error:
+            self.works = False
+            warnings.warn(f"no CUDA graph of a sampling step, which is slower without: {error}", stacklevel=2)
+        cache.slot = None
+
+    def record(self, work):
+        """Runs work() and records it; returns a function that does it again, with what then lies in the same memory."""
+        graph, device = torch.cuda.CUDAGraph(), self.tokens.device
+        pool = self.graph.pool() if self.graph else None  # the one before it is not replayed again
+        self.stream = self.stream or torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self.stream):
+            work()  # libraries set themselves up when first called, which cannot be recorded
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                hidden = work()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(self.stream)
+        self.graph = graph
+
+        def replay():
+            graph.replay()
+            return hidden
+
+        return replay
 
 
 def norm(states, module):

@@ -6,6 +6,8 @@
 The same policy, prompts and group size, the whole distribution, with a key/value cache. The batch of generate() holds
 each prompt GROUP_SIZE times, padded on the left, as TRL's trainer calls it. One by one takes ONE_BY_ONE completions of
 each round's prompts, one of each first, and is compared by completion tokens per second. The first round warms up.
+Utilisation is of the matrix products' peak, and roofline the least seconds in which memory could be read over those
+that it took, for useful tokens alone; workloads.py says how both are counted.
 """
 
 import argparse
@@ -18,7 +20,17 @@ import time
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch; for every system alike
 
 import torch
-from workloads import flops, grpo, parse_with_workloads, peak_flops, prepare, set_constants, synchronize
+from workloads import (
+    bytes_of_decoding,
+    flops,
+    grpo,
+    parse_with_workloads,
+    peak_bandwidth,
+    peak_flops,
+    prepare,
+    set_constants,
+    synchronize,
+)
 
 ONE_BY_ONE = 8
 
@@ -91,18 +103,22 @@ def main():
     arguments = parse_with_workloads(parser)
     for workload in arguments.workloads:
         found, trainer = measure(workload, arguments.rounds)
-        peak, speeds = peak_flops(trainer.policy.device.type), {}
+        device, speeds = trainer.policy.device.type, {}
+        peak, bandwidth = peak_flops(device), peak_bandwidth(device)
         print(f"\n{workload}, {arguments.rounds} rounds of {grpo.BATCH_SIZE} x {grpo.GROUP_SIZE} completions\n")
-        print("| way | s/round | completion tokens/s | mean length / maximum | utilisation |\n|---|---|---|---|---|")
+        print("| way | s/round | completion tokens/s | mean length / maximum | utilisation | roofline |")
+        print("|---|---|---|---|---|---|")
         for name, rounds in found.items():
             seconds, lengths = [s for s, _ in rounds], [[t for _, t in pairs] for _, pairs in rounds]
             speeds[name] = [sum(one) / s for one, s in zip(lengths, seconds, strict=True)]
-            group = 1 if name == "generate(), one by one" else grpo.GROUP_SIZE
-            done = sum(flops(trainer.policy, pairs, group)["rollout"] for _, pairs in rounds)
+            single = name == "generate(), one by one"
+            done = sum(flops(trainer.policy, pairs, 1 if single else grpo.GROUP_SIZE)["rollout"] for _, pairs in rounds)
+            batches = [batch for _, pairs in rounds for batch in ([[pair] for pair in pairs] if single else [pairs])]
+            read = sum(bytes_of_decoding(trainer.policy, batch) for batch in batches)
             share = statistics.mean(sum(lengths, [])) / grpo.MAX_COMPLETION_TOKENS
             print(
                 f"| {name} | {statistics.median(seconds):.3f} | {statistics.median(speeds[name]):.0f} "
-                f"| {share:.2f} | {done / sum(seconds) / peak:.2%} |"
+                f"| {share:.2f} | {done / sum(seconds) / peak:.2%} | {read / sum(seconds) / bandwidth:.1%} |"
             )
         for name in list(WAYS)[1:]:
             ratios = [fast / slow for fast, slow in zip(speeds["grpo.py"], speeds[name], strict=True)]

@@ -12,6 +12,11 @@ the head, and a sequence of P prompt and T completion tokens:
     step       = rollouts + update + 2 Σ pass                log-probs under the policy and under the reference
 
 Norms, embeddings, softmax, the optimizer, and what is computed again by checkpointing, are left out.
+
+Bytes that sampling must read, for the roofline of memory: the weights of layers and head once for each token of the
+longest completion, and before each token of a completion but its first the keys and values so far:
+
+    decoding = max T · weights + Σ (key and value) · ((T − 1) P + T (T − 1) / 2)
 """
 
 import json
@@ -181,6 +186,28 @@ def flops(model, pairs, group_size):
     rollouts = sum(2 * layers * t + 2 * head * t + 2 * attention * ((p + t) ** 2 - p**2) for p, t in pairs)
     rollouts += sum(2 * layers * p + 2 * attention * p**2 for p, _ in pairs[::group_size])
     return {"rollout": rollouts, "update": 3 * one, "step": rollouts + 5 * one}
+
+
+def bytes_of_decoding(model, pairs):
+    """What sampling a batch must read, as above, in float32 or, on a GPU, bfloat16; pairs: (P, T) per completion."""
+    config, size = model.config, 2 if model.device.type == "cuda" else 4
+    weights = parameters_of_layers(model) + config.vocab_size * config.hidden_size
+    of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    cached = sum((t - 1) * p + t * (t - 1) // 2 for p, t in pairs)
+    return size * (max(t for _, t in pairs) * weights + cached * of_a_token)
+
+
+def peak_bandwidth(device, seconds=1.5):
+    """Bytes per second of a copy of memory far larger than any cache, read and written: the best of several."""
+    source = torch.zeros(2**31 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    target, best, start = torch.ones_like(source), 0.0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        synchronize()
+        before = time.perf_counter()
+        target.copy_(source)
+        synchronize()
+        best = max(best, 2 * len(source) / (time.perf_counter() - before))
+    return best
 
 
 def peak_flops(device, seconds=1.5):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import attention
 import decoding
@@ -120,6 +121,46 @@ def test_the_decoders_step_is_the_models(name):
         found = [decode(ids[:, t], positions[:, t], cache, visible[:, : t + 1]) for t in range(8, 12)]
         whole = other.base_model(input_ids=ids, attention_mask=visible.long(), position_ids=positions).last_hidden_state
     torch.testing.assert_close(torch.stack(found, 1), whole[:, 8:], rtol=1e-4, atol=1e-5)
+
+
+class RecordedOnCPU(decoding.Replayed):
+    """Records what a CUDA graph records: operations on memory as it lies, and no Python."""
+
+    def record(self, work):
+        self.recordings = getattr(self, "recordings", 0) + 1
+        return make_fx(work)()
+
+
+@pytest.mark.parametrize("eos_ids", [(EOS,), (VOCABULARY,)])  # rows leave, or none ever does
+def test_a_recorded_step_is_replayed_until_rows_leave_or_room_ends(model, monkeypatch, eos_ids):
+    expected, recorded, steps = sample(model, eos_ids=eos_ids, tokens=90), RecordedOnCPU(decoding.Decoder(model)), []
+    with monkeypatch.context() as patch:
+        patch.setattr(gspo, "decoder_of", lambda model: recorded)
+        step = decoding.Decoder.__call__
+        patch.setattr(decoding.Decoder, "__call__", lambda *inputs: steps.append(1) or step(*inputs))
+        found = sample(model, eos_ids=eos_ids, tokens=90)
+    assert found.texts == expected.texts
+    torch.testing.assert_close(found.sampled_logps, expected.sampled_logps)
+    assert 3 <= recorded.recordings < int(expected.completion_lengths.max()) / 3
+    assert len(steps) == 2 * recorded.recordings  # as it is, and to be recorded; all others are replays
+
+
+def test_without_a_graph_that_does_the_same_steps_are_taken_as_they_are(model, monkeypatch):
+    def refuse(self, work):
+        raise RuntimeError("no graphs here")
+
+    def do_something_else(self, work):
+        return lambda: 2 * work()
+
+    expected = sample(model)
+    for record, reason in ((refuse, "no graphs here"), (do_something_else, "a replay differs by")):
+        with monkeypatch.context() as patch:
+            patch.setattr(gspo, "decoder_of", lambda model: decoding.Replayed(decoding.Decoder(model)))
+            patch.setattr(decoding.Replayed, "record", record)
+            with pytest.warns(UserWarning, match=reason) as warned:
+                found = sample(model)
+        assert found.texts == expected.texts and len(warned) == 1
+        torch.testing.assert_close(found.sampled_logps, expected.sampled_logps)
 
 
 def test_greedy_completions_are_those_of_generate(model):
