@@ -4,7 +4,8 @@
     python benchmarks/parts.py longtail --rounds 9
 
 The work is an update, one optimizer step on a mini-batch, or the sampling of a step. Prints how many times as long it
-takes without: the median over the rounds, and the quartiles. The first round warms up.
+takes without: the median over the rounds, and the quartiles. Then the model-flop utilisation with all of them, useful
+operations (workloads.py) over those of the best of some matrix products right after each. The first round warms up.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from unittest import mock
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch
 
 import torch
-from workloads import grpo, parse_with_workloads, prepare, set_constants, synchronize
+from workloads import flops, grpo, parse_with_workloads, peak_flops, prepare, set_constants, synchronize
 
 import attention
 import decoding
@@ -56,7 +57,7 @@ def parts_of(trainer):
 
 
 def measure(workload, rounds):
-    """(what, work, seconds with it, how many times as long without it, per round) of each part."""
+    """(what, work, seconds with it, utilisation with it, times as long without it, per round) of each part."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
         set_constants(workload, folder, steps=1)
@@ -69,23 +70,30 @@ def measure(workload, rounds):
 
     def update(number):
         trainer.update(rollouts, mini_batches[number % 4], old_logps, ref_logps, advantages)
+        return rollouts, mini_batches[number % 4]
 
-    works = {"update": update, "rollout": trainer.generate_responses_with_group_sampling}
+    def rollout(number):
+        return trainer.generate_responses_with_group_sampling(number), slice(None)
 
-    def seconds_of(work, number):
+    def measured(work, number):
         synchronize()
         start = time.perf_counter()
-        works[work](number)
+        of, rows = {"update": update, "rollout": rollout}[work](number)
         synchronize()
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        pairs = list(zip(of.prompt_lengths[rows].tolist(), of.completion_lengths[rows].tolist(), strict=True))
+        return seconds, flops(trainer.policy, pairs, grpo.GROUP_SIZE)[work] / seconds
 
     for what, work, without in parts_of(trainer):
-        plain, ratios = [], []
+        seconds, shares, ratios = [], [], []
         for number in range(rounds + 1):
-            plain.append(seconds_of(work, number))
+            taken, speed = measured(work, number)
+            peak = peak_flops(trainer.policy_device.type, seconds=0.2)
             with without():
-                ratios.append(seconds_of(work, number) / plain[-1])
-        yield what, work, statistics.median(plain[1:]), ratios[1:]
+                ratios.append(measured(work, number)[0] / taken)
+            seconds.append(taken)
+            shares.append(speed / peak)
+        yield what, work, seconds[1:], shares[1:], ratios[1:]
 
 
 def main():
@@ -97,9 +105,16 @@ def main():
     for workload in arguments.workloads:
         print(f"\n{workload}, {arguments.rounds} rounds\n")
         print("| without | takes, times as long | quartiles | with it, s |\n|---|---|---|---|")
-        for what, work, seconds, ratios in measure(workload, arguments.rounds):
+        utilisation = {}
+        for what, work, seconds, shares, ratios in measure(workload, arguments.rounds):
             low, middle, high = statistics.quantiles(ratios, method="inclusive")
-            print(f"| {what} | {work} {middle:.2f} | {low:.2f} to {high:.2f} | {seconds:.3f} |", flush=True)
+            with_it = statistics.median(seconds)
+            print(f"| {what} | {work} {middle:.2f} | {low:.2f} to {high:.2f} | {with_it:.3f} |", flush=True)
+            utilisation[work] = utilisation.get(work, []) + shares
+        for work, shares in utilisation.items():
+            low, middle, high = statistics.quantiles(shares, method="inclusive")
+            print(f"\nutilisation with all of them, {work}: {middle:.1%} (quartiles {low:.1%} to {high:.1%})", end="")
+        print()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import SCRIPTS, Forked, as_a_program, shrink, trainer_of
+from conftest import FEW, SCRIPTS, Forked, as_a_program, shrink, trainer_of
 from safetensors.torch import load_file, save_file
 from test_run import read_jsonl, timeless
 
@@ -200,11 +200,12 @@ def test_constants_come_from_the_run_and_others_are_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("changed", ["PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL"])
 def test_a_run_is_not_continued_with_other_prompts_or_models(tmp_path, capsys, changed):
-    for name in ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL"):
-        source, copy = configs.HERE / getattr(gspo, name), tmp_path / name
+    shrink(gspo, tmp_path)
+    copies = {name: tmp_path / name for name in ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL")}
+    for name, copy in copies.items():
+        source = configs.HERE / getattr(gspo, name)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
-        setattr(gspo, name, str(copy))
-    trainer = set_up(gspo, tmp_path, MAX_STEPS=1)
+    trainer = set_up(gspo, tmp_path, MAX_STEPS=1, **{name: str(copy) for name, copy in copies.items()})
     trainer.train()
     folder, path = trainer.run.folder, tmp_path / changed
     logged = (folder / "metrics.jsonl").read_bytes()
@@ -688,15 +689,17 @@ def test_killed_in_the_middle_of_writing_a_checkpoint(tmp_path, whole, at):
     assert_the_same(resumed(gspo, folder), expected)
 
 
-@pytest.mark.drawn
 def test_killed_at_random_moments_a_run_still_ends_as_it_would_have(tmp_path, monkeypatch):
-    """As benchmarks/crash.py does, with processes that start at once."""
+    """As benchmarks/crash.py does, with processes that start at once, and shorter runs without pictures."""
     sys.path.insert(0, str(configs.HERE / "benchmarks"))
     import crash
 
+    flags = "--preset smoke --max-steps 4 --save-every 1 --eval-every 3".split()
+    flags += ["--prompts", f"{FEW.name}/train.jsonl", "--eval-prompts", f"{FEW.name}/test.jsonl"]
+
     def start(script, folder):
         resume = ["--resume", "latest"] if list(folder.glob("*/config.json")) else []
-        return Forked(lambda: gspo.main([*crash.FLAGS, "--output-dir", str(folder), *resume]), tmp_path)
+        return Forked(lambda: gspo.main([*flags, "--output-dir", str(folder), *resume]), tmp_path)
 
     monkeypatch.setattr(crash, "start", start)
     (tmp_path / "runs").mkdir()
