@@ -110,6 +110,7 @@ def attention_of_rows(module, query, key, value, attention_mask, sliding_window=
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
 
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape, and most of ours come once
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 

@@ -35,14 +35,22 @@ def write_folder(target, *writers):
         beside.mkdir(parents=True)
         for write in writers:
             write(beside)
+        sync(beside)
         if target.exists():
             os.replace(target, old)
         os.replace(beside, target)
         sync(target.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        put_back(old)
     return target
+
+
+def put_back(old):
+    """Where a folder was moved aside, and nothing came in its place, puts it back; else removes it."""
+    if old.is_dir() and not old.with_suffix("").exists():
+        os.replace(old, old.with_suffix(""))
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_state(folder, step, state, metrics, best=None):
@@ -76,8 +84,12 @@ def problem_of(path):
 def newest(folder):
     """The path of the newest checkpoint of a run whose files are all as they were written; None if there is none.
 
-    Damaged ones are named in a printed line each.
+    Damaged and half-written ones are named in a printed line each.
     """
+    for path in folder.glob("checkpoints/step-*.old"):
+        put_back(path)
+    for path in folder.glob("checkpoints/step-*.part"):
+        print(f"{path} is half written, and left out")
     paths = [path for path in folder.glob("checkpoints/step-*") if path.is_dir() and _step_of(path) >= 0]
     for path in sorted(paths, key=_step_of, reverse=True):
         if (problem := problem_of(path)) is None:

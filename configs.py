@@ -216,14 +216,7 @@ def _resume(namespace, constants, given):
     text = script.read_text(encoding="utf-8")
     edited = {name: namespace[name] for name in constants if _source_of(name, text) != _source_of(name, before)}
     asked = {**edited, **given}
-    may_change = MAY_CHANGE + (MADE_FROM if "made_from" in run else ())
-    changed = [name for name in asked if name in saved and asked[name] != saved[name] and name not in may_change]
-    if changed:
-        raise InputError(
-            f"--resume {folder}: the run was made with "
-            + ", ".join(f"{name} = {saved[name]!r}, not {asked[name]!r}" for name in changed)
-            + "; leave that as it was, or start a new run"
-        )
+    _refuse_others(folder, run, asked)
     if _without_constants(text) != _without_constants(before):
         print(f"Warning: {script.name} is not the code that the run began with, of which {folder} has a copy")
     if run.get("rewards_sha256", sha256_of_rewards()) != sha256_of_rewards():
@@ -233,6 +226,30 @@ def _resume(namespace, constants, given):
             namespace[name] = value
     namespace.update(asked, RESUME=str(folder))
     validate(namespace)
+
+
+def run_to_resume(namespace):
+    """The folder of the run that RESUME names. Raises InputError where its constants are others, as Python may set."""
+    script = Path(namespace["__file__"])
+    folder = _run_folder(namespace["RESUME"], namespace["OUTPUT_DIR"], script)
+    try:
+        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _refuse_others(folder, run, constant_values(namespace))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume {folder}: {_no_run(folder, script, error)}") from None
+    return folder
+
+
+def _refuse_others(folder, run, asked):
+    """Raises InputError where constants are asked for that the run was not made with, and that may not change."""
+    saved, may_change = run["constants"], MAY_CHANGE + (MADE_FROM if "made_from" in run else ())
+    changed = [name for name in asked if name in saved and asked[name] != saved[name] and name not in may_change]
+    if changed:
+        raise InputError(
+            f"--resume {folder}: the run was made with "
+            + ", ".join(f"{name} = {saved[name]!r}, not {asked[name]!r}" for name in changed)
+            + "; leave that as it was, or start a new run"
+        )
 
 
 def _run_folder(name, output_dir, script):

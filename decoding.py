@@ -6,6 +6,7 @@ operations: projections that read the same input are one matrix, norms one call,
 them all in one launch. Any other model takes the step itself.
 """
 
+import functools
 import warnings
 
 import torch
@@ -114,11 +115,14 @@ class Replayed:
     """A Decoder whose step is recorded as a CUDA graph, and then replayed for each token until rows leave or room ends.
 
     A step that is recorded is also taken as it is. Where a replay finds something else, or nothing can be recorded, a
-    warning says so and steps are taken as they are.
+    warning says so and all further steps are taken as they are.
     """
 
+    works = True  # of the process
+
     def __init__(self, decoder):
-        self.decoder, self.works, self.keys, self.graph, self.stream = decoder, True, None, None, None
+        self.decoder, self.keys = decoder, None
+        self.graphs = []  # all of a rollout, for one that goes takes with it memory that its successor works in
 
     def __call__(self, tokens, positions, cache, seen):
         end = seen.shape[1]
@@ -147,32 +151,43 @@ class Replayed:
             difference, largest = (self.replay() - expected).abs().max().item(), expected.abs().max().item()
             if not difference <= 0.05 * largest:  # bfloat16 may sum in another order; a mistake is far larger
                 raise RuntimeError(f"a replay differs by {difference:g} where numbers are up to {largest:g}")
+        except torch.OutOfMemoryError:
+            raise  # to sample fewer at once
         except RuntimeError as error:
-            self.works = False
-            warnings.warn(f"no CUDA graph of a sampling step, which is slower without: {error}", stacklevel=2)
-        cache.slot = None
+            Replayed.works = False
+            cause = error.__context__ or error  # the end of a recording that failed says only that it failed
+            warnings.warn(f"no CUDA graph of a sampling step, which is slower without: {cause}", stacklevel=2)
+        finally:
+            cache.slot = None
 
     def record(self, work):
         """Runs work() and records it; returns a function that does it again, with what then lies in the same memory."""
         graph, device = torch.cuda.CUDAGraph(), self.tokens.device
-        pool = self.graph.pool() if self.graph else None  # the one before it is not replayed again
-        self.stream = self.stream or torch.cuda.Stream(device)
-        self.stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self.stream):
-            work()  # libraries set themselves up when first called, which cannot be recorded
-            graph.capture_begin(pool, capture_error_mode="thread_local")
-            try:
-                hidden = work()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(self.stream)
-        self.graph = graph
+        stream, pool = recording_stream(device), self.graphs[0].pool() if self.graphs else None
+        stream.wait_stream(torch.cuda.current_stream(device))
+        try:
+            with torch.cuda.stream(stream):
+                work()  # libraries set themselves up when first called, which cannot be recorded
+                graph.capture_begin(pool, capture_error_mode="thread_local")
+                try:
+                    hidden = work()
+                finally:
+                    graph.capture_end()
+        finally:
+            torch.cuda.current_stream(device).wait_stream(stream)
+        self.graphs.append(graph)
 
         def replay():
             graph.replay()
             return hidden
 
         return replay
+
+
+@functools.cache
+def recording_stream(device):
+    """One for all recordings: memory is kept by stream."""
+    return torch.cuda.Stream(device)
 
 
 def norm(states, module):

@@ -604,7 +604,8 @@ class GSPOTrainer:
             rows = rows[moving] if moving.any() else rows[:1]
         batch = (rollouts, rows, total, old_logps, ref_logps, advantages)
         logps, stats = self.fits("updates", MICRO_BATCH_TOKENS, lambda budget: self.compute_gradient(*batch, budget))
-        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
+        not_finite = 0.0 * sum(stats.values())  # NaN where a loss is not, else 0
+        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM) + not_finite
         if stats["grad_norm"].isfinite():
             self.optimizer.step()
         mask, rows = rollouts.completion_mask[rows].to(self.policy_device), rows.to(self.policy_device)

@@ -91,7 +91,7 @@ class Run:
         configs.warn_about_constants(script)
         if script["WANDB_PROJECT"]:
             self.wandb = _wandb()
-        resumed = Path(script["RESUME"]) if script["RESUME"] else None
+        resumed = configs.run_to_resume(script) if script["RESUME"] else None
         self.folder = resumed or self._new_folder()
         self._lock()
         self.done, self.pending, self.texts_before = 0, {"step": 0}, []  # nothing is done, and row 0 is not written
@@ -448,7 +448,8 @@ class Run:
         if getattr(self, "bar", None):
             self.bar.close()
         if self.tensorboard:
-            self.tensorboard.close()
+            with contextlib.suppress(OSError):  # of a full disk, which end_of_step has complained of
+                self.tensorboard.close()
         sys.stdout, sys.stderr = self.streams
         self.lock.close()
 

@@ -5,11 +5,13 @@
 
 The work is an update, one optimizer step on a mini-batch, or the sampling of a step. Prints how many times as long it
 takes without: the median over the rounds, and the quartiles. Then the model-flop utilisation with all of them, useful
-operations (workloads.py) over those of the best of some matrix products right after each. The first round warms up.
+operations (workloads.py) over those of the best of some matrix products right after each; and by a profile the share of
+its matrix products in the time of an update, and how fast they are. The first round warms up.
 """
 
 import argparse
 import contextlib
+import operator
 import os
 import statistics
 import sys
@@ -56,8 +58,8 @@ def parts_of(trainer):
     ]
 
 
-def measure(workload, rounds):
-    """(what, work, seconds with it, utilisation with it, times as long without it, per round) of each part."""
+def works_of(workload):
+    """A trainer, and two functions of a number that do some work and say on which (P, T) pairs."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
         set_constants(workload, folder, steps=1)
@@ -68,20 +70,29 @@ def measure(workload, rounds):
     advantages = torch.randn(len(rollouts.texts), generator=grpo.generator_of("parts")).to(trainer.policy_device)
     mini_batches = torch.randperm(len(rollouts.texts), generator=grpo.generator_of("parts")).tensor_split(4)
 
+    def pairs_of(rollouts, rows):
+        return torch.stack([rollouts.prompt_lengths, rollouts.completion_lengths], 1)[rows].tolist()
+
     def update(number):
-        trainer.update(rollouts, mini_batches[number % 4], old_logps, ref_logps, advantages)
-        return rollouts, mini_batches[number % 4]
+        rows = mini_batches[number % 4]
+        trainer.update(rollouts, rows, old_logps, ref_logps, advantages)
+        return pairs_of(rollouts, rows)
 
     def rollout(number):
-        return trainer.generate_responses_with_group_sampling(number), slice(None)
+        return pairs_of(trainer.generate_responses_with_group_sampling(number), slice(None))
+
+    return trainer, {"update": update, "rollout": rollout}
+
+
+def measure(trainer, works, rounds):
+    """(what, work, seconds with it, utilisation with it, times as long without it, per round) of each part."""
 
     def measured(work, number):
         synchronize()
         start = time.perf_counter()
-        of, rows = {"update": update, "rollout": rollout}[work](number)
+        pairs = works[work](number)
         synchronize()
         seconds = time.perf_counter() - start
-        pairs = list(zip(of.prompt_lengths[rows].tolist(), of.completion_lengths[rows].tolist(), strict=True))
         return seconds, flops(trainer.policy, pairs, grpo.GROUP_SIZE)[work] / seconds
 
     for what, work, without in parts_of(trainer):
@@ -96,6 +107,19 @@ def measure(workload, rounds):
         yield what, work, seconds[1:], shares[1:], ratios[1:]
 
 
+def matrix_products(trainer, update):
+    """Of four updates: the matrix products' share of all operations' time, and their speed as a share of the peak."""
+    with torch.profiler.profile(with_flops=True) as profile:
+        for number in range(4):
+            update(number)
+        synchronize()
+    device, found = trainer.policy_device.type, profile.key_averages()
+    time_of = operator.attrgetter(f"self_{'cpu' if device == 'cpu' else 'device'}_time_total")  # microseconds
+    products = [one for one in found if one.key in ("aten::mm", "aten::addmm", "aten::bmm")]
+    taken = sum(map(time_of, products))
+    return taken / sum(map(time_of, found)), sum(one.flops for one in products) / taken * 1e6 / peak_flops(device)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
@@ -103,10 +127,11 @@ def main():
     if arguments.rounds < 2:
         parser.error("--rounds: give at least two, for there are quartiles to tell")
     for workload in arguments.workloads:
+        trainer, works = works_of(workload)
         print(f"\n{workload}, {arguments.rounds} rounds\n")
         print("| without | takes, times as long | quartiles | with it, s |\n|---|---|---|---|")
         utilisation = {}
-        for what, work, seconds, shares, ratios in measure(workload, arguments.rounds):
+        for what, work, seconds, shares, ratios in measure(trainer, works, arguments.rounds):
             low, middle, high = statistics.quantiles(ratios, method="inclusive")
             with_it = statistics.median(seconds)
             print(f"| {what} | {work} {middle:.2f} | {low:.2f} to {high:.2f} | {with_it:.3f} |", flush=True)
@@ -114,7 +139,8 @@ def main():
         for work, shares in utilisation.items():
             low, middle, high = statistics.quantiles(shares, method="inclusive")
             print(f"\nutilisation with all of them, {work}: {middle:.1%} (quartiles {low:.1%} to {high:.1%})", end="")
-        print()
+        share, speed = matrix_products(trainer, works["update"])
+        print(f"\nmatrix products: {share:.0%} of an update's time, at {speed:.0%} of the peak")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ import math
 
 import pytest
 import torch
+import transformers
 from conftest import SCRIPTS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from variants import VARIANTS
 
+import attention
 import configs
 import dapo
 import grpo
@@ -28,6 +30,9 @@ settings.register_profile(
 settings.load_profile("scripts")
 
 over_scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+MODEL = transformers.Qwen3ForCausalLM(
+    transformers.Qwen3Config(vocab_size=4, hidden_size=4, intermediate_size=4, num_hidden_layers=1)
+)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PADDING = (0.0, -1e4, math.nan, math.inf, -math.inf)
 LOSSES = [
@@ -222,6 +227,46 @@ def test_advantages_have_no_nan_and_dead_groups_none(script, kind, data):
         assert (advantages.double().abs() <= math.sqrt(group_size) + 0.1).all()
     if script is dapo:
         assert torch.equal(dapo.is_dead(rewards, group_size), dead)
+
+
+@over_scripts
+@pytest.mark.parametrize("kind", ["relative", "normalized"])
+@settings(max_examples=40)
+@given(data=st.data())
+def test_token_advantages_have_no_nan_and_do_not_see_padding(script, kind, data):
+    script.ADVANTAGE_TYPE = kind
+    dtype, group_size = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(2, 4))
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, 4), min_size=group_size, max_size=group_size)))
+    mask = torch.arange(5) < lengths[:, None]
+    reward = st.sampled_from([0.0, 1.0, 1 / 3, -1e4, 1e4])
+    values = data.draw(st.lists(reward, min_size=mask.numel(), max_size=mask.numel()))
+    rewards = torch.tensor(values).to(dtype).view(mask.shape)
+    padded = rewards.masked_fill(~mask, data.draw(st.sampled_from(PADDING)))
+    advantages = script.compute_token_advantages(padded, mask, group_size)
+    assert advantages.dtype == dtype and no_nan(advantages) and (advantages[~mask] == 0).all()
+    assert torch.equal(advantages, script.compute_token_advantages(rewards, mask, group_size))
+
+
+@settings(max_examples=200)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), budget=st.integers(1, 100))
+def test_every_token_goes_through_once_whatever_the_lengths_and_the_budget(lengths, budget):
+    lengths = torch.tensor(lengths)
+    batches = list(gspo.micro_batches(lengths, budget))
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(lengths)))
+    assert all(len(rows) == 1 or lengths[rows].sum() <= budget for rows in batches)
+    for rows in batches:
+        ids = torch.arange(int(lengths.max())) + 100 * (1 + rows[:, None])  # of row and place
+        packing = attention.Packing(MODEL, lengths[rows])
+        expected = [ids[i, : lengths[row]] for i, row in enumerate(rows)]  # one after the other
+        inputs = packing.inputs(ids)
+        assert torch.equal(inputs["input_ids"][0], torch.cat(expected))
+        assert torch.equal(inputs["position_ids"][0], torch.cat(expected) % 100)
+        states = inputs["input_ids"].view(1, 1, -1, 1)
+        for tokens, part in packing.parts:  # in the rows of attention each sequence is alone, and comes back as it was
+            laid_out = part.laid_out(states[:, :, tokens])  # (rows, 1, width, 1)
+            assert torch.equal(part.packed(laid_out.transpose(1, 2)).flatten(), states[0, 0, tokens, 0])
+            for row in laid_out[:, 0, :, 0]:
+                assert len({value // 100 for value in row.tolist() if value}) == 1
 
 
 @over_scripts

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from threading import Event
 
 import pytest
 import torch
@@ -199,6 +200,14 @@ def test_constants_come_from_the_run_and_others_are_named(tmp_path, capsys):
     assert code == 2 and "CLIP_LOW = 0.05, not 0.03" in line
 
 
+def test_from_python_too_a_run_is_not_continued_with_other_constants(run_of_four, tmp_path):
+    logged = (run_of_four / "config.json").read_bytes()
+    trainer = set_up(gspo, tmp_path, RESUME=str(run_of_four), MAX_STEPS=5, LEARNING_RATE=2e-3, SEED=1)
+    with pytest.raises(configs.InputError, match="LEARNING_RATE = 0.001, not 0.002, SEED = 0, not 1; leave that"):
+        trainer.train()
+    assert (run_of_four / "config.json").read_bytes() == logged
+
+
 @pytest.mark.parametrize("changed", ["PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL"])
 def test_a_run_is_not_continued_with_other_prompts_or_models(tmp_path, capsys, changed):
     shrink(gspo, tmp_path)
@@ -268,11 +277,53 @@ def run_of_four(four, tmp_path):
     return tmp_path / "run"
 
 
-def test_half_a_checkpoint_is_no_checkpoint(run_of_four):
+def test_a_checkpoint_cut_at_any_file_is_damaged(run_of_four):
+    files = [path for path in (run_of_four / "checkpoints/step-4").iterdir() if path.stat().st_size > 0]
+    assert len(files) > 6  # tokenizer and all
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        assert checkpoints.newest(run_of_four).name == "step-2", path
+        path.write_bytes(content)
+    assert checkpoints.newest(run_of_four).name == "step-4"
+
+
+def test_half_a_checkpoint_is_no_checkpoint(run_of_four, capsys):
     shutil.copytree(run_of_four / "checkpoints/step-4", run_of_four / "checkpoints/step-6.part")
     shutil.copytree(run_of_four / "checkpoints/step-4", run_of_four / "checkpoints/step-8")
     (run_of_four / "checkpoints/step-8/checkpoint.json").unlink()
     assert checkpoints.newest(run_of_four).name == "step-4"
+    assert "step-6.part is half written, and left out" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_was_moved_aside_for_its_successor_is_not_lost(run_of_four, monkeypatch):
+    target, real = run_of_four / "checkpoints/step-4", os.replace
+    target.rename(target.with_name("step-4.old"))  # as a kill leaves it before the successor is in place
+    assert checkpoints.newest(run_of_four) == target
+
+    def fail(source, place):
+        if str(source).endswith(".part"):
+            raise OSError("no space")
+        real(source, place)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        checkpoints.write_folder(target, lambda folder: (folder / "file").touch())
+    assert checkpoints.newest(run_of_four) == target and len(list(target.parent.iterdir())) == 2
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    trainer, write_state, later, waited = set_up(gspo, tmp_path, MAX_STEPS=3), checkpoints.write_state, Event(), []
+
+    def slow(*arguments):
+        waited.append(later.wait(60))  # of step 2, until step 3 has begun
+        write_state(*arguments)
+
+    monkeypatch.setattr(checkpoints, "write_state", slow)
+    train_step = trainer.train_step
+    trainer.train_step = lambda step: (later.set() if step == 3 else None, train_step(step))[1]
+    trainer.train()
+    assert waited == [True, True] and checkpoints.newest(trainer.run.folder).name == "step-3"
 
 
 def test_where_no_checkpoint_is_whole_nothing_begins_again(run_of_four, tmp_path, capsys):
@@ -537,6 +588,30 @@ def test_a_full_disk_stops_no_training_and_says_what_was_not_written(tmp_path):
     assert run.returncode == 0 and (folder / "final/model.safetensors").is_file()
 
 
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_the_run_resumes(tmp_path, whole):
+    trainer = set_up(gspo, tmp_path, TENSORBOARD=True)
+    train_step = trainer.train_step
+
+    def full_from_step_3_on(step):
+        if step == 3:
+            trainer.run._finish_saving()
+            largest = max(path.stat().st_size for path in trainer.run.folder.glob("events*"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+        return train_step(step)
+
+    def work():
+        trainer.train_step = full_from_step_3_on
+        with configs.one_line_errors():
+            trainer.train()
+
+    run = Forked(work, tmp_path)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 2 and "Traceback" not in err
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert checkpoints.newest(folder).name == "step-2" and len(read_jsonl(folder / "metrics.jsonl")) < 5
+    assert_the_same(resumed(gspo, folder), whole(gspo))
+
+
 def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_nothing(tmp_path):
     argv = ["--preset", "smoke", "--output-dir", str(tmp_path / "outputs")]
     code, _, err = run_with_room_for(20 * 1024, argv, tmp_path)  # the script itself has more
@@ -565,15 +640,19 @@ def test_lines_that_could_not_be_written_follow_later(tmp_path, monkeypatch, cap
     assert "its lines follow later" in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_an_update_that_is_not_finite_moves_nothing_and_is_counted(tmp_path, monkeypatch, script):
+@pytest.mark.parametrize(
+    ("script", "factor", "summand"),
+    [(gspo, 1, float("inf")), (grpo, float("nan"), 0), (dapo, float("nan"), 0)],  # the first has a finite gradient
+    ids=named,
+)
+def test_an_update_that_is_not_finite_moves_nothing_and_is_counted(tmp_path, monkeypatch, script, factor, summand):
     trainer, calls = set_up(script, tmp_path, MAX_STEPS=2), []
     compute_policy_loss = script.compute_policy_loss
 
     def sometimes_nan(*arguments):
         loss, stats = compute_policy_loss(*arguments)
         calls.append(1)
-        return (loss * float("nan") if len(calls) == 1 else loss), stats
+        return (loss * factor + summand if len(calls) == 1 else loss), stats
 
     monkeypatch.setattr(script, "compute_policy_loss", sometimes_nan)
     before = {name: value.detach().clone() for name, value in trainer.policy.named_parameters()}
@@ -699,9 +778,9 @@ def test_killed_at_random_moments_a_run_still_ends_as_it_would_have(tmp_path, mo
 
     def start(script, folder):
         resume = ["--resume", "latest"] if list(folder.glob("*/config.json")) else []
-        return Forked(lambda: gspo.main([*flags, "--output-dir", str(folder), *resume]), tmp_path)
+        return Forked(lambda: dapo.main([*flags, "--output-dir", str(folder), *resume]), tmp_path)
 
     monkeypatch.setattr(crash, "start", start)
     (tmp_path / "runs").mkdir()
-    at, identical = crash.measure("gspo", kills=3, folder=tmp_path / "runs", seed=1)
+    at, identical = crash.measure("dapo", kills=3, folder=tmp_path / "runs", seed=1)
     assert len(at) == 3 and identical and all(identical)

@@ -157,6 +157,7 @@ def test_without_a_graph_that_does_the_same_steps_are_taken_as_they_are(model, m
         with monkeypatch.context() as patch:
             patch.setattr(gspo, "decoder_of", lambda model: decoding.Replayed(decoding.Decoder(model)))
             patch.setattr(decoding.Replayed, "record", record)
+            patch.setattr(decoding.Replayed, "works", True)  # and True again after it
             with pytest.warns(UserWarning, match=reason) as warned:
                 found = sample(model)
         assert found.texts == expected.texts and len(warned) == 1
