@@ -46,7 +46,7 @@ _GSM8K = {
     "MAX_STEPS": 400,
     "EVAL_EVERY": 50,
     "EVAL_SAMPLES": 1,
-    "SAVE_EVERY": 50,
+    "SAVE_EVERY": 10,
     "gspo.CLIP_LOW": 3e-4,
     "gspo.CLIP_HIGH": 4e-4,
     "gspo.KL_COEF": 0.0,

@@ -107,17 +107,20 @@ def measure(trainer, works, rounds):
         yield what, work, seconds[1:], shares[1:], ratios[1:]
 
 
-def matrix_products(trainer, update):
-    """Of four updates: the matrix products' share of all operations' time, and their speed as a share of the peak."""
-    with torch.profiler.profile(with_flops=True) as profile:
-        for number in range(4):
-            update(number)
-        synchronize()
-    device, found = trainer.policy_device.type, profile.key_averages()
+def matrix_products(trainer, update, rounds):
+    """Of an update: the matrix products' share of all operations' time, and their speed over the peak; medians."""
+    device, shares, speeds = trainer.policy_device.type, [], []
     time_of = operator.attrgetter(f"self_{'cpu' if device == 'cpu' else 'device'}_time_total")  # microseconds
-    products = [one for one in found if one.key in ("aten::mm", "aten::addmm", "aten::bmm")]
-    taken = sum(map(time_of, products))
-    return taken / sum(map(time_of, found)), sum(one.flops for one in products) / taken * 1e6 / peak_flops(device)
+    for number in range(rounds):
+        with torch.profiler.profile(with_flops=True) as profile:
+            update(number)
+            synchronize()
+        found = profile.key_averages()
+        products = [one for one in found if one.key in ("aten::mm", "aten::addmm", "aten::bmm")]
+        taken = sum(map(time_of, products))
+        shares.append(taken / sum(map(time_of, found)))
+        speeds.append(sum(one.flops for one in products) / taken * 1e6 / peak_flops(device, seconds=0.2))
+    return statistics.median(shares), statistics.median(speeds)
 
 
 def main():
@@ -139,7 +142,7 @@ def main():
         for work, shares in utilisation.items():
             low, middle, high = statistics.quantiles(shares, method="inclusive")
             print(f"\nutilisation with all of them, {work}: {middle:.1%} (quartiles {low:.1%} to {high:.1%})", end="")
-        share, speed = matrix_products(trainer, works["update"])
+        share, speed = matrix_products(trainer, works["update"], arguments.rounds)
         print(f"\nmatrix products: {share:.0%} of an update's time, at {speed:.0%} of the peak")
 
 
