@@ -457,7 +457,12 @@ class Run:
         if self.script["TENSORBOARD"] and find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(self.folder, purge_step=self.done + 1 if self.history else None)
+            try:
+                self.tensorboard = SummaryWriter(self.folder, purge_step=self.done + 1 if self.history else None)
+            except OSError as error:
+                self._complain(
+                    "tensorboard", f"TensorBoard's events cannot be written: {error}; training goes on without"
+                )
         if self.wandb:
             self.wandb.init(
                 project=self.script["WANDB_PROJECT"],

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import pytest
 import tokenizers
@@ -184,6 +185,14 @@ def test_tensorboard_files_hold_the_metrics(small):
     trainer = small.GSPOTrainer()
     trainer.train()
     assert not list(trainer.run.folder.glob("events.*"))
+
+
+def test_where_tensorboard_cannot_begin_the_run_goes_on(small, monkeypatch, capsys):
+    tensorboard, full = pytest.importorskip("torch.utils.tensorboard"), mock.Mock(side_effect=OSError("no space"))
+    monkeypatch.setattr(tensorboard, "SummaryWriter", full)
+    small.MAX_STEPS = 1
+    assert len(small.GSPOTrainer().train()) == 2
+    assert "TensorBoard's events cannot be written: no space; training goes on" in "".join(capsys.readouterr())
 
 
 def test_weights_and_biases_only_if_asked_for(small, monkeypatch, capsys):
