@@ -238,7 +238,7 @@ def child(system, workload, folder, steps, micro_batch):
     done = [flops(model, row["pairs"], grpo.GROUP_SIZE) for row in counted]
     peak = statistics.median(row["peak"] for row in counted)
     rates = {name: sum(one[name] for one in done) / total["seconds" if name == "step" else name] for name in done[0]}
-    part = max(1, steps // 10)  # of the steps, for each point of the learning curve
+    part = max(1, steps // 4)  # of the steps, for each point of the learning curve
     middle = (steps - part) // 2
     curve = (rewards[:part], rewards[middle : middle + part], rewards[-part:])
     result = {name: statistics.median(row[name] for row in counted) for name in ("seconds", *PHASES)}
@@ -273,7 +273,7 @@ def print_tables(results, workload):
     speeds = [ours["tokens_per_second"] / trl["tokens_per_second"] for ours, trl in pairs]
     print(f"grpo.py over TRL, completion tokens per second: {spread(speeds)}")
 
-    print("\n| system | reward, first steps | middle | last | held-out sampled | greedy | mean length / maximum |")
+    print("\n| system | reward, first quarter | middle | last | held-out sampled | greedy | mean length / maximum |")
     print("|---|---|---|---|---|---|---|")
     for system, rounds in results.items():
         cells = [spread([one["curve"][i] for one in rounds], 3) for i in range(3)]
