@@ -161,4 +161,5 @@ class GrowingCache:
 
     def select(self, rows):
         """Keeps some rows, in that order; repeats those that are named several times."""
-        self.layers = [tuple(states[rows] for states in layer) for layer in self.layers]
+        for i, layer in enumerate(self.layers):  # one after the other, for each is there twice as long as it takes
+            self.layers[i] = tuple(states[rows] for states in layer)

@@ -231,20 +231,23 @@ def compute_policy_loss(logps, old_logps, advantages, completion_mask):
     losses = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
     above = (advantages > 0) & (ratio > 1 + CLIP_HIGH)
     below = (advantages < 0) & (ratio < 1 - CLIP_LOW)
-    stats = ratio_stats(ratio[completion_mask], below[completion_mask], above[completion_mask])
-    return aggregate(losses, completion_mask), stats
+    return aggregate(losses, completion_mask), ratio_stats(ratio, below, above, completion_mask)
 
 
-def ratio_stats(ratio, clipped_low, clipped_high):
-    """What is logged of the ratio, one value per token, and the share that is clipped on either side. No gradient."""
-    ratio = ratio.detach()
+def ratio_stats(ratio, clipped_low, clipped_high, counted):
+    """What is logged of the ratio of the tokens that are counted, and the share clipped on either side. No gradient."""
+    ratio, number = ratio.detach(), counted.sum()
+
+    def share(clipped):
+        return (clipped & counted).to(ratio.dtype).sum() / number
+
     return {
-        "clip_fraction": (clipped_low | clipped_high).to(ratio.dtype).mean(),
-        "clip_fraction_low": clipped_low.to(ratio.dtype).mean(),
-        "clip_fraction_high": clipped_high.to(ratio.dtype).mean(),
-        "ratio_mean": ratio.mean(),
-        "ratio_min": ratio.min(),
-        "ratio_max": ratio.max(),
+        "clip_fraction": share(clipped_low | clipped_high),
+        "clip_fraction_low": share(clipped_low),
+        "clip_fraction_high": share(clipped_high),
+        "ratio_mean": ratio.masked_fill(~counted, 0.0).sum() / number,
+        "ratio_min": ratio.masked_fill(~counted, math.inf).min(),
+        "ratio_max": ratio.masked_fill(~counted, -math.inf).max(),
     }
 
 
@@ -340,14 +343,14 @@ def completion_logps(model, rollouts, rows, with_entropy=False):
     packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time.
     """
     device, head = model.device, model.get_output_embeddings()
-    completion_mask, packing = rollouts.completion_mask[rows], Packing(model, rollouts.lengths[rows])
-    inputs = packing.inputs(rollouts.input_ids[rows])
+    completion_mask, ids = rollouts.completion_mask[rows], rollouts.input_ids[rows]
+    packing = Packing(model, rollouts.lengths[rows] - 1)  # without the last token, which predicts nothing
     row, t = completion_mask.nonzero(as_tuple=True)  # (tokens,) each
-    position = (packing.first[row] + rollouts.prompt_lengths[rows][row] + t).to(device)
-    targets = inputs["input_ids"][0, position]
+    column = rollouts.prompt_lengths[rows][row] + t
+    targets, before = ids[row, column].to(device), (packing.first[row] + column - 1).to(device)
     with autocast(device):
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # (N, H)
-        hidden = hidden.index_select(0, position - 1)  # (tokens, H)
+        hidden = model.base_model(**packing.inputs(ids), use_cache=False).last_hidden_state[0]  # (N, H)
+        hidden = hidden.index_select(0, before)  # (tokens, H)
         hidden = hidden if TEMPERATURE == 1 else hidden / TEMPERATURE
         values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)
     blank, place = torch.zeros(completion_mask.shape, device=device), (row.to(device), t.to(device))

@@ -100,7 +100,9 @@ def invert_cumulative(probs, uniform):
     """
     if probs.shape[1] <= 256:
         return _passes(probs, uniform)[0]
-    blocks = pad(probs, (0, -probs.shape[1] % 256)).unflatten(1, (-1, 256))  # (rows, V / 256, 256)
+    if probs.shape[1] % 256:  # pad() copies, even where it adds nothing
+        probs = pad(probs, (0, -probs.shape[1] % 256))
+    blocks = probs.unflatten(1, (-1, 256))  # (rows, V / 256, 256)
     block, rest = _passes(blocks.sum(-1), uniform)
     return 256 * block + _passes(blocks[torch.arange(len(blocks), device=block.device), block], rest)[0]
 

@@ -13,7 +13,8 @@ count its first step.
 Where a choice is free it is meant to be the best one for TRL: a mini-batch is one micro-batch (--trl-micro-batch makes
 it several, for less memory), no checkpointing but where grpo.py does it too, its default fused AdamW, the reward rule
 called in its own process (grpo.py runs it in others, whose memory is not counted), no logging, saving, or loader
-workers. grpo.py runs with its constants as shipped. vLLM is not used.
+workers. grpo.py runs with its constants as shipped, and writes no samples or events either. Both have one GPU at most.
+vLLM is not used.
 
 TRL's rollout is its `_generate`; scoring is the rest of `_generate_and_score_completions`: rewards, log-probs under the
 reference and under the policy that sampled; the update is all that is left of the step. Peak memory is the kernel's
@@ -44,6 +45,8 @@ from metrics import evaluate
 
 NAMES = {"ours": "grpo.py", "trl": "TRL's GRPOTrainer"}
 PHASES = ("rollout", "scoring", "update")
+ONE_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}  # for either
+CURVE = 6  # points of the learning curve, each the mean of as many steps
 
 
 class Padding:
@@ -115,7 +118,7 @@ def run_ours(workload, steps):
     return trainer.policy, rows, (before, peak_memory()), accuracy(trainer, workload)
 
 
-def run_trl(workload, steps, prompts, folder, micro_batch):
+def run_trl(workload, steps, prompts, folder, micro_batch, continuous_batching):
     import datasets
     import trl
 
@@ -176,6 +179,7 @@ def run_trl(workload, steps, prompts, folder, micro_batch):
         scale_rewards="group",
         mask_truncated_completions=False,
         shuffle_dataset=False,
+        use_transformers_continuous_batching=continuous_batching,
         learning_rate=grpo.LEARNING_RATE,
         weight_decay=grpo.WEIGHT_DECAY,
         max_grad_norm=grpo.MAX_GRAD_NORM,
@@ -225,11 +229,11 @@ def batches(prompts):
     return [prompts[i : i + grpo.BATCH_SIZE] for i in range(0, len(prompts), grpo.BATCH_SIZE)]
 
 
-def child(system, workload, folder, steps, micro_batch):
+def child(system, workload, folder, steps, *of_trl):
     """One system, some steps; prints what it measured."""
     if system == "trl":
         prompts = json.loads((Path(folder) / "steps.json").read_text())
-        model, rows, memory, found = run_trl(workload, steps, prompts, folder, micro_batch)
+        model, rows, memory, found = run_trl(workload, steps, prompts, folder, *of_trl)
     else:
         model, rows, memory, found = run_ours(workload, steps)
     rewards, counted = [row["reward"] for row in rows], rows[1:]
@@ -238,13 +242,13 @@ def child(system, workload, folder, steps, micro_batch):
     done = [flops(model, row["pairs"], grpo.GROUP_SIZE) for row in counted]
     peak = statistics.median(row["peak"] for row in counted)
     rates = {name: sum(one[name] for one in done) / total["seconds" if name == "step" else name] for name in done[0]}
-    part = max(1, steps // 4)  # of the steps, for each point of the learning curve
-    middle = (steps - part) // 2
-    curve = (rewards[:part], rewards[middle : middle + part], rewards[-part:])
+    points = min(CURVE, steps)
+    curve = [rewards[i * steps // points : (i + 1) * steps // points] for i in range(points)]
     result = {name: statistics.median(row[name] for row in counted) for name in ("seconds", *PHASES)}
     result |= {"tokens_per_second": sum(lengths) / total["seconds"], "curve": [statistics.mean(one) for one in curve]}
     result |= {"length": statistics.mean(lengths) / grpo.MAX_COMPLETION_TOKENS, "accuracy": found, "flops": rates}
-    result |= {"peak": peak, "padding": 1 - sum(p + t for row in counted for p, t in row["pairs"]) / total["places"]}
+    tokens = sum(p + t - (system == "ours") for row in counted for p, t in row["pairs"])  # grpo.py leaves out the last
+    result |= {"peak": peak, "padding": 1 - tokens / total["places"]}
     print(json.dumps(result | {"start_memory": memory[0], "peak_memory": memory[1]}))
 
 
@@ -273,10 +277,12 @@ def print_tables(results, workload):
     speeds = [ours["tokens_per_second"] / trl["tokens_per_second"] for ours, trl in pairs]
     print(f"grpo.py over TRL, completion tokens per second: {spread(speeds)}")
 
-    print("\n| system | reward, first quarter | middle | last | held-out sampled | greedy | mean length / maximum |")
-    print("|---|---|---|---|---|---|---|")
+    points = len(results["ours"][0]["curve"])
+    columns = (f"reward, by {points} parts of the steps", "the last", "held-out sampled", "greedy")
+    print(f"\n| system | {' | '.join(columns)} | mean length / maximum |\n|---|---|---|---|---|---|")
     for system, rounds in results.items():
-        cells = [spread([one["curve"][i] for one in rounds], 3) for i in range(3)]
+        curve = [[one["curve"][i] for one in rounds] for i in range(points)]
+        cells = [" ".join(f"{statistics.median(one):.3f}" for one in curve), spread(curve[-1], 3)]
         for how in ("sampled", "greedy"):
             cells += [spread([one["accuracy"][how] for one in rounds], 3) if workload == "embedded" else "none"]
         print(f"| {NAMES[system]} | " + " | ".join(cells) + f" | {spread([one['length'] for one in rounds])} |")
@@ -301,6 +307,7 @@ def main():
     parser.add_argument("--steps", type=int, help="training steps of a child, the first of which is not counted")
     parser.add_argument("--flags", default="", help="constants of grpo.py, in one string; TRL gets those it shares")
     parser.add_argument("--trl-micro-batch", type=int, default=0, help="completions, a divisor of the mini-batch")
+    parser.add_argument("--continuous-batching", action="store_true", help="TRL samples by that of transformers")
     parser.add_argument("--child", nargs=3, metavar=("SYSTEM", "FOLDER", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     workload, steps = arguments.workload, arguments.steps or WORKLOADS[arguments.workload]["steps"]
@@ -311,7 +318,7 @@ def main():
     if arguments.child:
         system, folder, seed = arguments.child
         set_constants(workload, folder, steps, int(seed), shlex.split(arguments.flags))
-        return child(system, workload, folder, steps, arguments.trl_micro_batch)
+        return child(system, workload, folder, steps, arguments.trl_micro_batch, arguments.continuous_batching)
     results = {name: [] for name in NAMES}
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
@@ -326,7 +333,8 @@ def main():
             for system in NAMES if seed % 2 == 0 else reversed(NAMES):
                 command = [sys.executable, __file__, workload, "--steps", str(steps), f"--flags={arguments.flags}"]
                 command += [f"--trl-micro-batch={arguments.trl_micro_batch}", "--child", system, folder, str(seed)]
-                done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+                command += ["--continuous-batching"] * arguments.continuous_batching
+                done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | ONE_GPU)
                 if done.returncode:
                     sys.exit(done.stderr)
                 results[system].append(json.loads(done.stdout.splitlines()[-1]))

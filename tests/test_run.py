@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,10 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
     out = capsys.readouterr().out
     assert f"{rows[0]['eval_accuracy']:.3f} before, {rows[2]['eval_accuracy']:.3f} after" in out
     assert str(folder / "metrics.png") in out and out.count("    before ") == out.count("    after ") == 3
+    parts = ("rollout", "reward", "logps", "update")
+    seconds = [sum(row[f"seconds_{part}"] for row in rows[1:]) for part in parts]
+    shares = re.search(" s in 2 steps: " + ", ".join(rf"{part} (\d+)%" for part in parts), out).groups()
+    assert [float(share) for share in shares] == pytest.approx([100 * s / sum(seconds) for s in seconds], abs=0.5)
 
 
 def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small_script):
