@@ -9,7 +9,8 @@ def token_logps(hidden, targets, head, with_entropy, at_once):
 
     As the head, log_softmax, gather, and −Σ p log p, in float32 with the head's product in its dtype or autocast's, but
     by blocks of the vocabulary that fit a cache. At most at_once logits are alive, or those of one token of the
-    vocabulary; what more the backward pass needs it computes again. Both (tokens,), with gradient.
+    vocabulary, beside what is made of one block; what more the backward pass needs it computes again. Both (tokens,),
+    with gradient.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype

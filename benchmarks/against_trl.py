@@ -39,7 +39,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before tor
 
 import torch
 import transformers
-from workloads import ROOT, WORKLOADS, flops, grpo, peak_flops, prepare, set_constants, synchronize
+from workloads import ROOT, WORKLOADS, flops, grpo, peak_flops, peak_memory, prepare, set_constants, synchronize
 
 from metrics import evaluate
 
@@ -66,13 +66,6 @@ def start_memory():
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     return peak_memory()
-
-
-def peak_memory():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def peak_now():

@@ -9,18 +9,16 @@ optimizer step, no KL term. Needs requirements-bench.txt. Prints a table.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import transformers
+from workloads import ROOT, grpo, make_model, peak_memory
 
-ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY = 151_936
-SMALL = {
+VOCABULARY = {"vocab_size": 151_936, "tie_word_embeddings": True}
+SMALL = VOCABULARY | {
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
@@ -28,7 +26,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 64,
 }
-QWEN3 = {
+QWEN3 = VOCABULARY | {
     "hidden_size": 1024,
     "intermediate_size": 3072,
     "num_hidden_layers": 28,
@@ -39,26 +37,7 @@ QWEN3 = {
 PROMPT = "t5 t6 t7"
 
 
-def make_model(folder, sizes):
-    """A random Qwen3 with the full vocabulary, and a tokenizer of as many words, whose end never comes."""
-    import tokenizers
-
-    config = transformers.Qwen3Config(
-        **sizes, vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=4096
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = {f"t{i}": i for i in range(VOCABULARY - 2)} | {"<end>": VOCABULARY - 2, "<pad>": VOCABULARY - 1}
-    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>", pad_token="<pad>").save_pretrained(
-        folder
-    )
-
-
 def step_of_ours(folder, tokens, gpu):
-    sys.path.insert(0, str(ROOT))
-    import grpo
-
     prompts = Path(folder) / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": PROMPT, "answer": "t1"}) + "\n")
     vars(grpo).update(
@@ -121,10 +100,9 @@ def step_of_trl(folder, tokens, gpu):
 
 
 def child(system, folder, tokens, gpu):
-    """One step; prints peak memory in bytes, and the memory before the step."""
+    """One step; prints peak memory in bytes."""
     tokens_trained = {"ours": step_of_ours, "trl": step_of_trl}[system](folder, tokens, gpu)
-    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak": peak, "tokens": tokens_trained}))
+    print(json.dumps({"peak": peak_memory(), "tokens": tokens_trained}))
 
 
 def main():
@@ -136,7 +114,7 @@ def main():
     if arguments.child:
         return child(*arguments.child, tokens, arguments.qwen3)
     with tempfile.TemporaryDirectory() as folder:
-        make_model(folder, QWEN3 if arguments.qwen3 else SMALL)
+        make_model(folder, QWEN3 if arguments.qwen3 else SMALL, ends=0, longest=tokens, context=4096)
         peaks = {}
         print("| system | completion tokens | peak memory, 10⁹ bytes |\n|---|---|---|")
         for system, name in (("trl", "TRL's GRPOTrainer"), ("ours", "grpo.py")):

@@ -45,16 +45,16 @@ def not_fused(optimizer):
 
 
 def parts_of(trainer):
-    """(what is saved by, the work, a context that does without it) of each."""
+    """(what is saved by, the work, a context that does without it) of each; sampling first, for an update moves it."""
     patch = mock.patch.object
     return [
+        ("the sampler's own decode step", "rollout", lambda: patch(decoding, "FAMILY", ())),
+        ("two-level inversion", "rollout", lambda: patch(grpo, "invert_cumulative", lambda *a: kernels._passes(*a)[0])),
+        ("sampling in inference mode", "rollout", lambda: patch(torch, "inference_mode", torch.no_grad)),
         ("the head by blocks of the vocabulary", "update", lambda: patch(grpo, "token_logps", plain_token_logps)),
         ("logits kept for the backward pass", "update", lambda: patch(grpo, "LOGITS_AT_ONCE", 2**22)),
         ("attention by rows of like length", "update", lambda: patch(attention, "alike", lambda lengths: [lengths])),
         ("fused AdamW", "update", lambda: not_fused(trainer.optimizer)),
-        ("the sampler's own decode step", "rollout", lambda: patch(decoding, "FAMILY", ())),
-        ("two-level inversion", "rollout", lambda: patch(grpo, "invert_cumulative", lambda *a: kernels._passes(*a)[0])),
-        ("sampling in inference mode", "rollout", lambda: patch(torch, "inference_mode", torch.no_grad)),
     ]
 
 
@@ -84,43 +84,50 @@ def works_of(workload):
     return trainer, {"update": update, "rollout": rollout}
 
 
+def measured(trainer, works, work, number):
+    """The seconds that a work takes, and its useful operations per second."""
+    synchronize()
+    start = time.perf_counter()
+    pairs = works[work](number)
+    synchronize()
+    seconds = time.perf_counter() - start
+    return seconds, flops(trainer.policy, pairs, grpo.GROUP_SIZE)[work] / seconds
+
+
 def measure(trainer, works, rounds):
     """(what, work, seconds with it, utilisation with it, times as long without it, per round) of each part."""
-
-    def measured(work, number):
-        synchronize()
-        start = time.perf_counter()
-        pairs = works[work](number)
-        synchronize()
-        seconds = time.perf_counter() - start
-        return seconds, flops(trainer.policy, pairs, grpo.GROUP_SIZE)[work] / seconds
-
     for what, work, without in parts_of(trainer):
         seconds, shares, ratios = [], [], []
         for number in range(rounds + 1):
-            taken, speed = measured(work, number)
-            peak = peak_flops(trainer.policy_device.type, seconds=0.2)
-            with without():
-                ratios.append(measured(work, number)[0] / taken)
+            found = {}
+            for context in (contextlib.nullcontext, without) if number % 2 else (without, contextlib.nullcontext):
+                with context():
+                    found[context] = measured(trainer, works, work, number)
+            taken, speed = found[contextlib.nullcontext]
             seconds.append(taken)
-            shares.append(speed / peak)
+            shares.append(speed / peak_flops(trainer.policy_device.type, seconds=0.2))
+            ratios.append(found[without][0] / taken)
         yield what, work, seconds[1:], shares[1:], ratios[1:]
 
 
-def matrix_products(trainer, update, rounds):
-    """Of an update: the matrix products' share of all operations' time, and their speed over the peak; medians."""
-    device, shares, speeds = trainer.policy_device.type, [], []
+def matrix_products(trainer, works, rounds):
+    """Of an update, medians: the share of its time that matrix products take, their speed, and that of the whole.
+
+    Speeds are over the peak; the whole's is that of an update without a profile, beside each that has one.
+    """
+    device, found = trainer.policy_device.type, []
     time_of = operator.attrgetter(f"self_{'cpu' if device == 'cpu' else 'device'}_time_total")  # microseconds
     for number in range(rounds):
+        _, whole = measured(trainer, works, "update", number)
         with torch.profiler.profile(with_flops=True) as profile:
-            update(number)
+            works["update"](number)
             synchronize()
-        found = profile.key_averages()
-        products = [one for one in found if one.key in ("aten::mm", "aten::addmm", "aten::bmm")]
+        peak, operations = peak_flops(device, seconds=0.2), profile.key_averages()
+        products = [one for one in operations if one.key in ("aten::mm", "aten::addmm", "aten::bmm")]
         taken = sum(map(time_of, products))
-        shares.append(taken / sum(map(time_of, found)))
-        speeds.append(sum(one.flops for one in products) / taken * 1e6 / peak_flops(device, seconds=0.2))
-    return statistics.median(shares), statistics.median(speeds)
+        speed = sum(one.flops for one in products) / taken * 1e6
+        found.append((taken / sum(map(time_of, operations)), speed / peak, whole / peak))
+    return [statistics.median(column) for column in zip(*found, strict=True)]
 
 
 def main():
@@ -142,8 +149,9 @@ def main():
         for work, shares in utilisation.items():
             low, middle, high = statistics.quantiles(shares, method="inclusive")
             print(f"\nutilisation with all of them, {work}: {middle:.1%} (quartiles {low:.1%} to {high:.1%})", end="")
-        share, speed = matrix_products(trainer, works["update"], arguments.rounds)
-        print(f"\nmatrix products: {share:.0%} of an update's time, at {speed:.0%} of the peak")
+        share, speed, whole = matrix_products(trainer, works, arguments.rounds)
+        print(f"\nmatrix products: {share:.0%} of an update's time, at {speed:.0%} of the peak; ", end="")
+        print(f"the updates beside, as a whole: {whole:.0%}")
 
 
 if __name__ == "__main__":

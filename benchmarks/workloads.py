@@ -1,4 +1,4 @@
-"""What against_trl.py, rollouts.py and scaling.py have in common: workloads, models made on the spot, and counting.
+"""What the benchmarks of speed and memory have in common: workloads, models made on the spot, and counting.
 
 A workload is a set of constants of grpo.py. `embedded` is the shipped task, rewarded by its rule. `longtail` and
 `qwen3` train random models whose completions end by chance, so that their lengths are geometric and a few are long.
@@ -225,6 +225,14 @@ def peak_flops(device, seconds=1.5):
         synchronize()
         best = max(best, 2 * size**3 / (time.perf_counter() - before))
     return best
+
+
+def peak_memory():
+    """Bytes: on a GPU what torch had allocated, else of this process, not of the one that it was forked from."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def synchronize():

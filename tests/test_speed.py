@@ -1,6 +1,7 @@
 """What can be held of speed without a clock: how often a model is asked, for how many tokens, and who waits."""
 
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -11,8 +12,10 @@ import pytest
 import torch
 from conftest import trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention
+import configs
 import gspo
 import kernels
 
@@ -36,11 +39,14 @@ class Waits(TorchDispatchMode):
     """Counts the operations that a GPU could not go past without telling Python a number or a shape."""
 
     count = 0
+    aten = torch.ops.aten
+    asking = (aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero)
+    indexing = (aten.index, aten.index_put, aten.index_put_)  # by True and False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        if function.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
-            self.count += any(index is not None and index.dtype == torch.bool for index in args[1])
+        operation = function.overloadpacket
+        masks = [index for index in args[1] if index is not None] if operation in self.indexing else []
+        self.count += operation in self.asking or any(mask.dtype == torch.bool for mask in masks)
         return function(*args, **(kwargs or {}))
 
 
@@ -102,8 +108,10 @@ def test_the_sampler_waits_only_when_it_looks_who_has_ended(small, monkeypatch, 
         rollouts = gspo.sample_completions(*sample)
     assert rollouts.texts == expected.texts and torch.equal(rollouts.completion_mask, expected.completion_mask)
     assert shapes[0] == (4, max(len(row["prompt_ids"]) for row in rows))  # prompts once, not once per completion
-    before_and_after = 3 + 3 * len(rollouts.texts)  # widths, and lengths where completions are cut out
-    assert waits.count <= before_and_after + 2 * (len(shapes) / every + 1)
+    rows_left = [shape.numel() for shape in shapes[1:]]
+    drops = sum(fewer < more for more, fewer in itertools.pairwise([16, *rows_left]))
+    before_and_after = 2 + len(rollouts.texts)  # two widths, and the lengths where completions are cut out
+    assert drops > 0 and waits.count == before_and_after + len(shapes) // every + drops  # a drop asks who stays
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -134,6 +142,29 @@ def test_log_probs_by_blocks_of_the_vocabulary_are_those_of_log_softmax(at_once,
     torch.testing.assert_close(gradient, expected)
     assert most <= max(at_once, tokens)
     assert len(alive) > 1 or at_once == 2**26
+
+
+def test_benchmarks_count_the_operations_that_a_naive_pass_does(small, monkeypatch):
+    """Against torch's own counter, of a forward pass one sequence at a time with attention as plain products."""
+    monkeypatch.syspath_prepend(configs.HERE / "benchmarks")
+    import workloads
+
+    model = small.GSPOTrainer().policy
+    model.set_attn_implementation("eager")
+    pairs, of_passes = [(5, 3), (5, 1), (2, 7), (2, 4)], []
+    for prompt, completion in pairs:
+        ids = torch.ones(1, prompt + completion - 1, dtype=torch.long)  # after the last token nothing is predicted
+        with FlopCounterMode(display=False) as counter:
+            model(ids, logits_to_keep=completion)
+        found = counter.get_flop_counts()["Global"]
+        pairs_of_tokens = found.pop(torch.ops.aten.bmm)  # all of them, of which causal attention sees a half
+        of_passes.append(sum(found.values()) + pairs_of_tokens / 2)
+    counted = workloads.flops(model, pairs, group_size=2)
+    of_passes = pytest.approx(sum(of_passes), rel=1e-3)  # the angles of positions are products, too
+    assert counted["update"] / 3 == of_passes == counted["step"] - counted["rollout"] - counted["update"]
+    prompts_again = sum(workloads.flops(model, [(p, 1)], 1)["rollout"] for p, _ in pairs[::2])  # and each group's head
+    head = 2 * model.config.vocab_size * model.config.hidden_size
+    assert counted["rollout"] + prompts_again - 2 * head == of_passes
 
 
 def test_packed_sequences_are_cut_where_rows_would_be_mostly_padding():
