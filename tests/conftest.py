@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,10 @@ import grpo
 import gspo
 import plotting
 import rewards
+
+for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # under nohup or behind a shell's &; runs would ignore it, too
+        signal.signal(number, action)
 
 SCRIPTS = (gspo, grpo, dapo)
 torch.set_num_threads(1)
