@@ -2,11 +2,16 @@
 # make test   set up and run all checks and tests          make check   lint and format only
 # make sync   copy the shared sections out of gspo.py      make diff A=gspo B=grpo
 # make clean  remove .venv
+#
+# .venv has the exact versions of constraints.txt. The requirements admit others, which have environments of their own:
+# make test-oldest, make test-newest   run the tests with the oldest and with the newest versions
+# make constraints                     write constraints.txt anew from the newest, after make test-newest
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: gspo grpo dapo test check sync diff clean
+.PHONY: gspo grpo dapo test check sync diff clean test-oldest test-newest constraints
 
 gspo grpo dapo: .venv/run-ready
 	$(BIN)/python $@.py
@@ -19,14 +24,33 @@ check: .venv/test-ready
 	$(BIN)/ruff format --check .
 
 # The stamps are newer than the requirements once these are installed, so that nothing is installed twice.
-.venv/run-ready: requirements.txt
+.venv/run-ready: requirements.txt constraints.txt
+	$(PYTHON) configs.py
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/$(PIP) -r requirements.txt -c constraints.txt
 	touch $@
 
 .venv/test-ready: requirements-dev.txt .venv/run-ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/$(PIP) -r requirements-dev.txt -c constraints.txt
 	touch $@
+
+test-oldest test-newest: test-%: .venv-%/ready
+	.venv-$*/bin/python -m pytest
+
+.venv-newest/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/$(PIP) -r requirements-dev.txt
+	touch $@
+
+.venv-oldest/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	sed -E '/^-r/d; s/>=([^,]*),.*/==\1/' $^ > .venv-oldest/requirements.txt
+	.venv-oldest/bin/$(PIP) -r .venv-oldest/requirements.txt
+	touch $@
+
+# Without what only one platform has: local builds of torch, and what its builds for a GPU bring along.
+constraints: .venv-newest/ready
+	.venv-newest/bin/python -m pip freeze | sed 's/+.*//' | grep -Ev '^(nvidia-|cuda-|triton)' > constraints.txt
 
 # The sections that siblings share are written in gspo.py; `make sync` copies them into the others.
 sync:
@@ -37,4 +61,4 @@ diff:
 	@git diff --no-index --patience $(A).py $(B).py || true
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest .venv-newest

@@ -3,6 +3,7 @@
 Nothing here changes what a model computes: check_policy in loading.py compares it with the model's own attention.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +114,12 @@ def attention_of_rows(module, query, key, value, attention_mask, sliding_window=
 torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape, and most of ours come once
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def with_cache(model, cache):
+    """The arguments that give a model a cache, whose name is `cache` in transformers 5.24 and later."""
+    takes = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in takes else "past_key_values": cache, "use_cache": True}
 
 
 class GrowingCache:

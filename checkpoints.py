@@ -10,6 +10,8 @@ Written beside its place and renamed. Nothing random is in it: randomness is der
 """
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -165,5 +167,14 @@ def sync(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS) or not Path(path).is_dir():
+            raise
+        _warn_once(f"this file system cannot sync folders ({error.strerror}): a power failure may cost a checkpoint")
     finally:
         os.close(handle)
+
+
+@functools.cache
+def _warn_once(message):
+    print(f"Warning: {message}")

@@ -5,14 +5,23 @@ flags, their types and `--help`. Nothing here knows an algorithm.
 """
 
 import argparse
+import ast
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+if sys.version_info < (3, 11):  # noqa: UP036, because transformers 5.23 and later need it
+    sys.exit(
+        f"Python {sys.version.split()[0]} is too old: the scripts need 3.11 or later, as in make PYTHON=python3.11"
+    )
 
 HERE = Path(__file__).resolve().parent
 DEVICES = ("POLICY_DEVICE", "REF_DEVICE", "REWARD_DEVICE")
@@ -72,6 +81,7 @@ class InputError(Exception):
 @contextlib.contextmanager
 def one_line_errors():
     """Turns an InputError into one line on stderr and exit code 2, and Ctrl-C where no run handles it into one, too."""
+    _open_streams()
     try:
         yield
     except KeyboardInterrupt:
@@ -82,28 +92,73 @@ def one_line_errors():
         sys.exit(2)
 
 
+def _open_streams():
+    """Opens standard streams that are closed, as a daemon may have them, on nothing.
+
+    Else the next file that is opened takes the place of one, and what a library prints lands in it. Letters that a
+    stream cannot show, as in a locale without UTF-8, are shown by their codes.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not one that a notebook or a test has put there
+            stream.reconfigure(errors="backslashreplace")
+
+
 # ---- Constants and their flags
+
+
+class _Constant(NamedTuple):
+    source: str  # of the value
+    comment: str
+    group: str  # the comment line above the constants
+    lines: slice  # of the script
+
+
+@functools.lru_cache(8)
+def _constants_of(text):
+    """The constants in a script's text, {name: _Constant}, in the order of the file. One may take several lines."""
+    lines, found = text.splitlines(), {}
+    start = next(i for i, line in enumerate(lines, 1) if line.startswith("# ---- Constants"))
+    end = next((i for i, line in enumerate(lines, 1) if i > start and line.startswith("# ---- ")), len(lines) + 1)
+    for node in ast.parse(text).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if start < node.lineno < end and isinstance(target, ast.Name) and target.id.isupper() and node.value:
+            after = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+            above = (line[2:] for line in reversed(lines[start : node.lineno - 1]) if line.startswith("# "))
+            place = slice(node.lineno - 1, node.end_lineno)
+            found[target.id] = _Constant(ast.unparse(node.value), after.strip().lstrip("# "), next(above, ""), place)
+    return found
 
 
 def read_constants(namespace):
     """The constants of a script, as {name: (value now, comment, group)}, in the order of the file.
 
-    namespace: the globals() of the script. The group is the comment line above the constants.
+    namespace: the globals() of the script.
     """
-    found, group, inside = {}, "", False
-    for line in Path(namespace["__file__"]).read_text(encoding="utf-8").splitlines():
-        if line.startswith("# ---- "):
-            inside = line.startswith("# ---- Constants")
-        elif inside and line.startswith("# "):
-            group = line[2:]
-        elif inside and (match := re.match(r"([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", line)):
-            found[match[1]] = (namespace[match[1]], match[2] or "", group)
-    return found
+    text = Path(namespace["__file__"]).read_text(encoding="utf-8")
+    return {name: (namespace[name], one.comment, one.group) for name, one in _constants_of(text).items()}
 
 
 def constant_values(namespace):
-    """{name: value}, as it is saved with a run."""
+    """{name: value} of a script's constants."""
     return {name: value for name, (value, _, _) in read_constants(namespace).items()}
+
+
+def as_saved(values):
+    """{name: value} as JSON holds it: what JSON does not have, such as a set, a path or a dtype, by its repr."""
+
+    def plain(value):
+        with contextlib.suppress(TypeError, ValueError):
+            if (again := json.loads(json.dumps(value, allow_nan=False))) == value or isinstance(value, tuple):
+                return again
+        if isinstance(value, set | frozenset):
+            return repr(sorted(value, key=repr))  # whose own order differs from process to process
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+    return {name: plain(value) for name, value in values.items()}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -214,15 +269,17 @@ def _resume(namespace, constants, given):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {folder}: {_no_run(folder, script, error)}") from None
     text = script.read_text(encoding="utf-8")
-    edited = {name: namespace[name] for name in constants if _source_of(name, text) != _source_of(name, before)}
+    sources, sources_before = ({name: one.source for name, one in _constants_of(t).items()} for t in (text, before))
+    edited = {name: namespace[name] for name in constants if sources[name] != sources_before.get(name)}
     asked = {**edited, **given}
     _refuse_others(folder, run, asked)
     if _without_constants(text) != _without_constants(before):
         print(f"Warning: {script.name} is not the code that the run began with, of which {folder} has a copy")
     if run.get("rewards_sha256", sha256_of_rewards()) != sha256_of_rewards():
         print("Warning: rewards.py is not as it was when the run began; what its rules say may have changed")
+    here = as_saved({name: namespace[name] for name in constants})
     for name, value in saved.items():
-        if name in constants and name not in asked and name not in DEVICES:
+        if name in here and name not in asked and name not in DEVICES and here[name] != value:
             namespace[name] = value
     namespace.update(asked, RESUME=str(folder))
     validate(namespace)
@@ -242,7 +299,8 @@ def run_to_resume(namespace):
 
 def _refuse_others(folder, run, asked):
     """Raises InputError where constants are asked for that the run was not made with, and that may not change."""
-    saved, may_change = run["constants"], MAY_CHANGE + (MADE_FROM if "made_from" in run else ())
+    saved, may_change = run["constants"], MAY_CHANGE + (MADE_FROM if "fingerprints" in run else ())
+    asked = as_saved(asked)
     changed = [name for name in asked if name in saved and asked[name] != saved[name] and name not in may_change]
     if changed:
         raise InputError(
@@ -280,7 +338,8 @@ def _no_run(folder, script, error):
 
     def script_of(place):
         """The script whose run is in a folder, "" where there is none: a run has a copy of it."""
-        copies = [path.name for path in place.glob("*.py") if (script.parent / path.name).is_file()]
+        copies = [path.name for path in place.glob("*.py") if path.name != "rewards.py"]
+        copies = [name for name in copies if (script.parent / name).is_file()]
         return copies[0] if copies and (place / "config.json").is_file() else ""
 
     with contextlib.suppress(OSError):  # a folder that may not be read tells no more than the error
@@ -307,18 +366,15 @@ def _expanded(name, value):
         raise InputError(f"{name} = {value!r}: {error}; give {flag} the whole path") from None
 
 
-def _source_of(name, text):
-    """The text of a constant's value in a script, None where it has none."""
-    found = re.search(rf"^{name} = (.*?)(?:  #|$)", text, re.MULTILINE)
-    return found and found[1]
-
-
 def sha256_of_rewards():
     return hashlib.sha256((HERE / "rewards.py").read_bytes()).hexdigest()
 
 
 def _without_constants(text):
-    return re.sub(r"^[A-Z][A-Z0-9_]* = .*$", "", text, flags=re.MULTILINE)
+    lines = text.splitlines()
+    for constant in reversed(_constants_of(text).values()):
+        del lines[constant.lines]
+    return lines
 
 
 # What a resumed run may have otherwise: how long, how often, where, and how much at once.
@@ -344,6 +400,13 @@ def _positive(value):
 
 def _not_negative(value):
     return 0 <= value < math.inf
+
+
+def _is_json_object(text):
+    try:
+        return not text or isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 # name: (type, what must hold, the rule and its remedy in words). A name ending in EPOCHS is the algorithm's own.
@@ -378,6 +441,11 @@ RULES = {
     "SYSTEM_PROMPT": (str, lambda v: True, ""),
     "EVAL_SHARE": (float, lambda v: 0 < v < 1, "a share of the prompts, in (0, 1)"),
     "THINKING": (bool, (True, False), None),
+    "CHAT_TEMPLATE_KWARGS": (
+        str,
+        _is_json_object,
+        """a JSON object, such as '{"reasoning_effort": "low"}', or empty""",
+    ),
     "SAMPLED_AT_ONCE": (int, _not_negative, "0 for all together, or a number of completions"),
     "MAX_PROMPT_TOKENS": (int, _not_negative, "0 for no limit of its own, or at least 1 token"),
     "LOGITS_AT_ONCE": (int, _positive, "at least 1; 2**26 logits in float32 are a quarter of a GB"),
@@ -429,6 +497,11 @@ def validate(namespace):
 
     Changes one thing: the ~ of OUTPUT_DIR, which would else be a folder of that name.
     """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise InputError(
+            f"started as one of {processes} processes, as by torchrun, which is not supported yet: "
+            f"start one process, python {Path(namespace['__file__']).name}, which uses two GPUs by itself"
+        )
     for name, value in constant_values(namespace).items():
         kind, holds, text = _rule(name)
         if kind is None:
@@ -527,6 +600,9 @@ def find_path(value, name):
                 return path
     except (OSError, RuntimeError) as error:  # too long for a name, in a folder that is not ours, ~ of an unknown user
         why = f" ({getattr(error, 'strerror', None) or error})"
+    owner, _, rest = value.partition("/")
+    if not why and rest and "/" not in rest and any((place / owner).is_dir() for place in (Path(), HERE)):
+        why = f" in the folder {owner!r} that is here; to mean the Hub, start where there is no such folder"
     flag = "--" + name.lower().replace("_", "-")
     remedy = f"give {flag} PATH, or owner/name for one on the Hub"
     raise InputError(f"{name} = {value!r:.200}: no such file or folder{why}; {remedy}")

@@ -12,6 +12,8 @@ import warnings
 import torch
 from torch.nn import functional as F
 
+from attention import with_cache
+
 FAMILY = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -28,8 +30,8 @@ def decoder_of(model):
         return Replayed(Decoder(model)) if model.device.type == "cuda" else Decoder(model)
 
     def step(tokens, positions, cache, seen):
-        inputs = {"input_ids": tokens[:, None], "position_ids": positions[:, None], "past_key_values": cache}
-        return layers(**inputs, attention_mask=seen[:, None, None], use_cache=True).last_hidden_state[:, -1]
+        inputs = {"input_ids": tokens[:, None], "position_ids": positions[:, None]} | with_cache(layers, cache)
+        return layers(**inputs, attention_mask=seen[:, None, None]).last_hidden_state[:, -1]
 
     return step
 

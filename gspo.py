@@ -34,12 +34,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import configs
+
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads wait without holding cores others could use
 
 import torch
 
-import configs
-from attention import GrowingCache, Packing
+from attention import GrowingCache, Packing, with_cache
 from decoding import decoder_of
 from fits import Fits
 from kernels import invert_cumulative, token_logps
@@ -71,6 +72,7 @@ PROMPT_COLUMN = "prompt"  # field that holds the prompt, a text or a list of cha
 ANSWER_COLUMN = "answer"  # field that holds the answer, for rule rewards and evaluation
 SYSTEM_PROMPT = ""  # first message of each chat, if any
 THINKING = False  # ask a chat template that knows the word to open with a thinking section
+CHAT_TEMPLATE_KWARGS = ""  # a JSON object of what else a chat template is given, such as '{"reasoning_effort": "low"}'
 REWARDS = "reward_model"  # what is maximised: names from rewards.py with weights, "reward_model 1.0, exact_match 0.5"
 EVAL_REWARD = "exact_match"  # rule of rewards.py that says whether a held-out completion is right (1) or not (0)
 PRESET = ""  # name of a set of constants in configs.py, such as "smoke"
@@ -364,7 +366,7 @@ class Rollouts:
     """Sampled completions, groups contiguous, on the CPU. The ids that were sampled are the ids that are trained on."""
 
     prompts: list  # B rows of the data
-    texts: list  # B completions as text
+    texts: list  # B completions as text, with what the prompt has begun of them, and without the end of sequence
     input_ids: torch.Tensor  # (B, P + T) prompt, completion, padding
     prompt_lengths: torch.Tensor  # (B,)
     completion_lengths: torch.Tensor  # (B,) end of sequence included
@@ -439,8 +441,7 @@ def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
             input_ids=prompt_ids,
             attention_mask=(seen | torch.eye(width, dtype=torch.bool, device=device)).tril(),  # (prompts, 1, P, P)
             position_ids=(visible[:, :width].cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
+            **with_cache(model.base_model, cache),
         ).last_hidden_state[:, -1]  # (prompts, H)
     place = torch.arange(batch, device=device)  # where each row of the shrinking batch belongs
     cache.select(place // group_size)
@@ -485,10 +486,12 @@ def assemble(tokenizer, rows, group_size, completion_ids, completion_lengths, lo
     longest = int(completion_lengths.max())
     completion_mask = torch.arange(longest) < completion_lengths[:, None]  # (B, T)
     completions = [ids[:n].tolist() for ids, n in zip(completion_ids, completion_lengths, strict=True)]
+    written = [ids[: len(ids) - ended] for ids, ended in zip(completions, (~truncated).tolist(), strict=True)]
+    texts = tokenizer.batch_decode(written, skip_special_tokens=False)  # <think> is part of what a model wrote
     sequences = [torch.tensor(row["prompt_ids"] + ids) for row, ids in zip(prompts, completions, strict=True)]
     return Rollouts(
         prompts=prompts,
-        texts=tokenizer.batch_decode(completions, skip_special_tokens=True),
+        texts=[row.get("begun", "") + text for row, text in zip(prompts, texts, strict=True)],
         input_ids=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
         prompt_lengths=torch.tensor([len(row["prompt_ids"]) for row in prompts]),
         completion_lengths=completion_lengths,

@@ -12,18 +12,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import pyarrow.parquet
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import attention
+from answers import marked_answers
 from configs import InputError, check_size, find_model, find_path, is_hub_id, one_line_errors
 from metrics import check_right
 
 with one_line_errors():
     try:
-        from rewards import Rewards, check_rules
+        from rewards import OF_ANSWERS, Rewards, check_answers, check_rules
     except SyntaxError as error:  # in the file that people edit; the scripts import it after this one
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}; mend it there") from None
 
@@ -52,8 +54,13 @@ def _short(error):
     return textwrap.shorten(text, 400, placeholder=" ...").rstrip(".") or type(error).__name__
 
 
-def hub_remedy(names, else_give):
-    """What to do where the Hub, or what the cache has of it, does not give something."""
+def hub_remedy(names, else_give, error):
+    """What to do if the Hub, or what the cache has of it, does not give something."""
+    cache = huggingface_hub.constants.HF_HOME
+    while error:
+        if isinstance(error, OSError) and str(error.filename or "").startswith(cache):
+            return f"the cache {cache} cannot be used: set HF_HOME to a folder that can be written and has room"
+        error = error.__cause__ or error.__context__
     if huggingface_hub.constants.HF_HUB_OFFLINE:  # the libraries would have people look at their network
         return (
             f"check {names}, unset HF_HUB_OFFLINE to ask the network for what is not in the cache, or give {else_give}"
@@ -70,41 +77,69 @@ ONE_PER_LINE = "one object per line; a JSON array belongs in a file named .json"
 def load_prompts(source, name, prompt_column, answer_column, config="", split="train"):
     """The rows of a JSONL, JSON or Parquet file, or of a dataset on the Hub: dicts of all fields, and of these.
 
-    "prompt": the prompt as text; "messages": the same as a chat, [{"role": ..., "content": ...}]; "answer": as text.
-    A prompt may be given as a text, or as such a list of messages. Raises InputError, with the line's number, where a
-    row is no object, lacks a column, or has an empty prompt or answer.
+    "prompt": the prompt as text; "messages": the same as a chat, [{"role": ..., "content": ...}]; "answer": as text;
+    "begun": what the assistant has begun to answer. A prompt may be given as a text, or as such a list of messages, and
+    each column may be inside others: "reward_model.ground_truth". Raises InputError, with the line's number, if a row
+    is no object, lacks a column, or has an empty prompt or answer.
+
+    An assistant's message at the end is a begun answer, unless it marks an answer or holds the row's. Then it is a
+    whole answer, which the policy must not see, and is left out; a printed line says of how many rows.
     """
     rows, where = _read_rows(source, name, config, split)
+    whole = 0
     for number, row in enumerate(rows, 1):
         place = where(number)
         if not isinstance(row, dict):
             raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}; {ONE_PER_LINE}")
-        for column, constant in ((prompt_column, "PROMPT_COLUMN"), (answer_column, "ANSWER_COLUMN")):
-            if column not in row:
-                has = ", ".join(row) or "no fields"
-                raise InputError(f"{place}: no field {column!r}, it has {has}; add it or set {constant}")
-        messages = row[prompt_column]
+        messages = _field(row, prompt_column, "PROMPT_COLUMN", place)
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if not _is_chat(messages):
             raise InputError(
                 f"{place}: {prompt_column!r} must be a text that is not empty, or messages with role and content"
             )
-        answer = row[answer_column]
-        if isinstance(answer, list | dict) or isinstance(answer, float) and not math.isfinite(answer):
-            raise InputError(f"{place}: {answer_column!r} is {answer!r:.60}; give a text or a number")
-        if answer is None or not str(answer).strip():
-            what = "null" if answer is None else "empty"
-            raise InputError(f"{place}: {answer_column!r} is {what}; give an answer or remove the row")
+        answer = _as_text(_field(row, answer_column, "ANSWER_COLUMN", place), f"{place}: {answer_column!r}")
+        begun = ""
+        if messages[-1]["role"] == "assistant":
+            *messages, last = messages
+            begun = last["content"]
+            if marked_answers(begun) or re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", begun):
+                begun, whole = "", whole + 1
         text = "\n".join(message["content"] for message in messages)
+        if not text.strip():
+            raise InputError(f"{place}: {prompt_column!r} is an assistant's message alone; begin it with a user's")
         try:
-            f"{text}{answer}".encode()
+            f"{text}{answer}{begun}".encode()
         except UnicodeEncodeError:  # JSON can write half a pair, "\\ud83d", which is no text
             raise InputError(f"{place}: the text holds half of a surrogate pair; write the character whole") from None
-        rows[number - 1] = {**row, "prompt": text, "messages": messages, "answer": str(answer)}
+        rows[number - 1] = {**row, "prompt": text, "messages": messages, "begun": begun, "answer": answer}
     if not rows:
         raise InputError(f"{name} = {source!r} holds no prompts; give at least one")
+    if whole:
+        print(f"{source}: {whole} of {len(rows)} prompts end with an assistant's whole answer, which was left out")
     return rows
+
+
+def _field(row, column, constant, place):
+    """A row's field of that name, or the one that it leads to through others: "reward_model.ground_truth"."""
+    value = row
+    for part in [column] if column in row else column.split("."):
+        if not isinstance(value, dict) or part not in value:
+            has = ", ".join(row) or "no fields"
+            raise InputError(f"{place}: no field {column!r}, it has {has}; add it or set {constant}")
+        value = value[part]
+    return value
+
+
+def _as_text(answer, what):
+    """An answer as text: the one in a list of one, and 3.0 as "3", as which some file types have all numbers."""
+    if isinstance(answer, list) and len(answer) == 1:
+        (answer,) = answer
+    if isinstance(answer, list | dict) or isinstance(answer, float) and not math.isfinite(answer):
+        raise InputError(f"{what} is {answer!r:.60}; give a text or a number")
+    if answer is None or not str(answer).strip():
+        raise InputError(f"{what} is {'null' if answer is None else 'empty'}; give an answer or remove the row")
+    return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
 
 
 def _is_chat(messages):
@@ -119,75 +154,117 @@ def _is_chat(messages):
 
 def _read_rows(source, name, config, split):
     """The rows as they are, and a function that says where row N is."""
-    on_hub = is_hub_id(source)
-    path = source if on_hub else find_path(source, name)
-    kind = "" if on_hub else path.suffix.lower().lstrip(".")
-    if not on_hub and path.is_dir():
+    if is_hub_id(source):
+        return _read_hub(source, name, config, split)
+    path = find_path(source, name)
+    kind = path.suffix.lower().lstrip(".")
+    if path.is_dir():
         raise InputError(f"{name} = {source!r} is a folder; give the JSONL, JSON or Parquet file itself")
-    if not on_hub and path.stat().st_size == 0:
+    if kind in ("csv", "tsv"):
+        convert = f"pandas.read_csv({path.name!r}).to_json('{path.stem}.jsonl', orient='records', lines=True)"
+        raise InputError(f"{name} = {source!r} is a CSV file, which is not read; convert it: {convert}")
+    if path.stat().st_size == 0:
         return [], None
-    if on_hub or kind in ("parquet", "json"):
-        import datasets  # here, for it takes a second
-
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(logging.CRITICAL)  # it logs an error, and raises it
+    if kind == "parquet":
         try:
-            if on_hub:
-                rows = datasets.load_dataset(source, config or None, split=split)
-            else:
-                rows = datasets.load_dataset(kind, data_files=str(path), split="train")
-        except (*LOAD_ERRORS, StopIteration, datasets.exceptions.DatasetsError) as error:  # the second: of blank JSON
-            what = f", split {split!r}, cannot be loaded" if on_hub else f" cannot be read as {kind}"
-            remedy = hub_remedy("id, configuration, split", "a file") if on_hub else "write the file anew"
-            raise InputError(f"{name} = {str(source)!r}{what}: {_short(error.__cause__ or error)}; {remedy}") from None
-        return list(rows), lambda number: f"{path}, row {number}"
-    try:  # JSONL line by line, to say which line is wrong; `datasets` would also fill a missing field with None
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+            return pyarrow.parquet.read_table(path).to_pylist(), lambda number: f"{path}, row {number}"
+        except LOAD_ERRORS as error:
+            what = f"{name} = {str(path)!r} cannot be read as parquet: {_short(error)}"
+            raise InputError(f"{what}; write the file anew") from None
+    try:
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{name}: cannot read {path}: {error.strerror}; give a file that can be read") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}, line {line}: not UTF-8; give JSONL in UTF-8, or JSON or Parquet") from None
-    numbers, rows = [number for number, line in enumerate(lines, 1) if line.strip()], []
-    for number in numbers:
-        try:
-            rows.append(json.loads(lines[number - 1]))
-        except (ValueError, RecursionError) as error:
-            if "\0" in lines[number - 1]:
-                raise InputError(f"{path}, line {number}: holds NUL, as UTF-16 does; save it as UTF-8") from None
-            if isinstance(error, json.JSONDecodeError):
-                what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-            else:
-                what = "nested too deeply" if isinstance(error, RecursionError) else _short(error)
-            raise InputError(f"{path}, line {number}: not JSON ({what}); {ONE_PER_LINE}") from None
+    if kind == "json" and text.lstrip().startswith("["):  # else it holds an object per line, as many of that name do
+        return _parse_json(text, path, 1), lambda number: f"{path}, row {number}"
+    lines = text.split("\n")
+    numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_parse_json(lines[number - 1], path, number) for number in numbers]
     return rows, lambda number: f"{path}, line {numbers[number - 1]}"
 
 
-def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=False):
+def _parse_json(text, path, line):
+    """What a JSON text says, which begins in that line of a file."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if "\0" in text:
+            raise InputError(f"{path}, line {line}: holds NUL, as UTF-16 does; save it as UTF-8") from None
+        if isinstance(error, json.JSONDecodeError):
+            line += error.lineno - 1
+            what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        else:
+            what = "nested too deeply" if isinstance(error, RecursionError) else _short(error)
+        raise InputError(f"{path}, line {line}: not JSON ({what}); {ONE_PER_LINE}") from None
+
+
+def _read_hub(source, name, config, split):
+    import datasets  # here, for it takes a second
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs an error, and raises it
+    try:
+        rows = datasets.load_dataset(source, config or None, split=split)
+    except (*LOAD_ERRORS, datasets.exceptions.DatasetsError) as error:
+        remedy = hub_remedy("id, configuration, split", "a file", error)
+        what = f"{name} = {source!r}, split {split!r}, cannot be loaded: {_short(error.__cause__ or error)}"
+        raise InputError(f"{what}; {remedy}") from None
+    return list(rows), lambda number: f"{source}, row {number}"
+
+
+def hold_out(rows, share, source, generator):
+    """Splits rows into a share that is held out, one row for each of its prompts, and those with other prompts.
+
+    Returns (held out, others), in the order of a generator's draw. Raises InputError if there are too few prompts.
+    """
+    of_prompt = {}
+    for row in rows:
+        of_prompt.setdefault(_prompt_of(row), []).append(row)
+    if repeated := len(rows) - len(of_prompt):
+        print(f"{source}: {repeated} of {len(rows)} rows repeat the prompt of another; prompts are held out whole")
+    count = max(1, round(share * len(of_prompt)))
+    if count >= len(of_prompt):
+        raise InputError(
+            f"PROMPTS = {source!r}: {len(of_prompt)} prompts are too few to hold some out; give --eval-prompts"
+        )
+    groups = list(of_prompt.values())
+    order = torch.randperm(len(groups), generator=generator).tolist()
+    return [groups[i][0] for i in order[:count]], [row for i in order[count:] for row in groups[i]]
+
+
+def _prompt_of(row):
+    return row["prompt"], row["begun"]
+
+
+def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=False, variables=None):
     """Adds to each row the text that the model sees and its ids; leaves out, and counts, prompts that are too long.
 
-    A tokenizer with a chat template gets the messages, the system prompt before them, and the opening of the answer;
-    one without gets the plain text. longest: tokens, which nothing is ever cut to. Raises InputError if none is left.
+    A tokenizer with a chat template gets the messages and the opening of the answer, with what is begun of it. The
+    system prompt stands before them, unless they have their own. One without a template gets the plain text. longest:
+    tokens, which nothing is ever cut to. variables: of the template, {name: value}. Raises InputError if none is left.
     """
-    kept, empty = [], 0
+    kept, empty, own_system = [], 0, 0
+    options = {"enable_thinking": thinking, **(variables or {})}
     for row in rows:
         if tokenizer.chat_template:
-            system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-            try:
-                row["prompt_text"] = tokenizer.apply_chat_template(
-                    system + row["messages"], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-                )
-            except Exception as error:  # a template is a program of the model's: it may raise what it likes
-                raise InputError(
-                    f"{source}: the chat template refuses {row['messages']!r:.200}: {_short(error)}; "
-                    "change the prompts or the template"
-                ) from None
+            has_system = row["messages"][0]["role"] == "system"
+            own_system += has_system
+            system = [{"role": "system", "content": system_prompt}] if system_prompt and not has_system else []
+            row["prompt_text"] = _render(tokenizer, system, row, options, source)
         else:
-            row["prompt_text"] = "\n".join(filter(None, [system_prompt, row["prompt"]]))
-        row["prompt_ids"] = tokenizer(row["prompt_text"], add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        empty += not row["prompt_ids"]
-        if 0 < len(row["prompt_ids"]) <= longest:
+            row["prompt_text"] = "\n".join(filter(None, [system_prompt, row["prompt"]])) + row["begun"]
+        ids = tokenizer(row["prompt_text"], add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        if ids and ids[-1] == tokenizer.eos_token_id and not row["prompt_text"].endswith(tokenizer.eos_token):
+            ids = ids[:-1]  # which some tokenizers add to each text: a prompt is not over
+        row["prompt_ids"] = ids
+        empty += not ids
+        if 0 < len(ids) <= longest:
             kept.append(row)
+    if system_prompt and own_system:
+        print(f"{source}: {own_system} prompts have a system message of their own, which takes SYSTEM_PROMPT's place")
     if empty == len(rows):
         raise InputError(
             f"{source}: no prompt has a token; the tokenizer of POLICY_MODEL does not know their letters, or its chat "
@@ -205,6 +282,24 @@ def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=
     return kept
 
 
+def _render(tokenizer, system, row, options, source):
+    """A row's messages by the chat template, up to where the completion begins."""
+    messages = row["messages"]
+    if row["begun"]:
+        options = options | {"continue_final_message": True}
+        messages = [*messages, {"role": "assistant", "content": row["begun"]}]
+    else:
+        options = options | {"add_generation_prompt": True}
+    try:
+        return tokenizer.apply_chat_template(system + messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program of the model's: it may raise what it likes
+        why, remedy = _short(error), "change the prompts or the template"
+    with contextlib.suppress(Exception):
+        if system and tokenizer.apply_chat_template(messages, tokenize=False, **options):
+            remedy = 'it takes no system message, so give --system-prompt "" and say it in the prompts'
+    raise InputError(f"{source}: the chat template refuses {messages!r:.200}: {why}; {remedy}") from None
+
+
 # ---- Models and tokenizers
 
 
@@ -215,7 +310,7 @@ def _not_loaded(what, name, constant, error):
     elif isinstance(error, ImportError):
         remedy = "install that, or give another model"
     elif is_hub_id(name):
-        remedy = hub_remedy("name, revision", "a folder")
+        remedy = hub_remedy("name, revision", "a folder", error)
     else:
         remedy = "save or download it again, with safetensors and tokenizer, or give another model"
     return InputError(f"{constant} = {name!r}: the {what} cannot be loaded: {_short(error)}; {remedy}")
@@ -281,6 +376,9 @@ def add_lora(model, rank, alpha, targets):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers to peft, about a name that peft still uses
             warnings.simplefilter("ignore", UserWarning)  # of a tied output head, which is refused below
+            warnings.simplefilter(
+                "ignore", RuntimeWarning
+            )  # of patterns that peft makes for experts, and has no use for
             adapter = peft.get_peft_model(model, config)
     except ValueError as error:
         remedy = "give names of the model's linear layers"
@@ -309,11 +407,14 @@ def save_merged(folder, model, adapter):
     """Writes the whole model with the adapter added in; the model itself stays, for adding in place would round it."""
     import peft
 
-    weights = {key: value for key, value in model.state_dict().items() if ".lora_" not in key}
-    weights = {key.replace(".base_layer.", "."): value for key, value in weights.items()}
+    def without_wrappers(key):  # of which experts have one for each of their parameters
+        return ".".join(part for part in key.split(".") if part != "base_layer")
+
+    weights = {without_wrappers(key): value for key, value in model.state_dict().items() if ".lora_" not in key}
     for name, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            weights[f"{name}.weight"] = module.get_base_layer().weight + module.get_delta_weight("default")
+            key = f"{without_wrappers(name)}.{getattr(module, 'parameter_name', 'weight')}"
+            weights[key] = weights[key] + module.get_delta_weight("default")
     model.save_pretrained(folder, state_dict=weights)
 
 
@@ -398,6 +499,23 @@ def check_policy(model, tokenizer, constant):
             f"{constant}: {type(model).__name__} has an attention of its own kind, or changes its logits after the "
             "output head, which the scripts do not support; give a model like Qwen3 or Llama"
         )
+
+
+def check_rotation(model, longest):
+    """Raises InputError if a token's rotation would depend on the longest sequence of a pass, as LongRoPE's does.
+
+    Sampling and training group sequences in other ways, so they would not agree. longest: tokens of a sequence.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # some models have several
+        limit = one.get("original_max_position_embeddings") or config.max_position_embeddings
+        if one.get("rope_type") in ("longrope", "dynamic") and longest > limit:
+            raise InputError(
+                f"POLICY_MODEL: its rotation of positions, {one['rope_type']}, depends on whether a sequence beside "
+                f"is longer than {limit} tokens, and prompt and completion may have {longest} here; lower "
+                "--max-completion-tokens or --max-prompt-tokens, or give another model"
+            )
 
 
 def check_vocabulary(model, tokenizer, constant):
@@ -563,14 +681,11 @@ def load_all(constants, devices, reward_names, generator):
         eval_source = ""
     if eval_source:
         eval_rows = load_prompts(eval_source, "EVAL_PROMPTS", *columns, c.EVAL_SPLIT)
+        trained_on = {_prompt_of(row) for row in train_rows}
+        if both := sum(_prompt_of(row) in trained_on for row in eval_rows):
+            print(f"Warning: {both} of {len(eval_rows)} prompts of EVAL_PROMPTS are also in PROMPTS, so not held out")
     else:
-        count = max(1, round(c.EVAL_SHARE * len(train_rows)))
-        if count >= len(train_rows):
-            raise InputError(
-                f"PROMPTS = {c.PROMPTS!r}: {len(train_rows)} prompts are too few to hold some out; give --eval-prompts"
-            )
-        order = torch.randperm(len(train_rows), generator=generator).tolist()
-        eval_rows, train_rows = ([train_rows[i] for i in part] for part in (order[:count], order[count:]))
+        eval_rows, train_rows = hold_out(train_rows, c.EVAL_SHARE, c.PROMPTS, generator)
 
     policy_device, ref_device, reward_device = devices
     options = {"revision": c.POLICY_REVISION, "trust": c.TRUST_REMOTE_CODE}
@@ -620,14 +735,25 @@ def load_all(constants, devices, reward_names, generator):
             f"{longest + c.MAX_COMPLETION_TOKENS} tokens; lower --max-completion-tokens"
         )
     chat = {"system_prompt": c.SYSTEM_PROMPT, "thinking": c.THINKING}
+    chat["variables"] = json.loads(c.CHAT_TEMPLATE_KWARGS or "{}")
     train_rows = encode_prompts(train_rows, tokenizer, longest, c.PROMPTS, **chat)
-    eval_rows = encode_prompts(eval_rows[: c.EVAL_SIZE], tokenizer, longest, eval_source or c.PROMPTS, **chat)
+    if len(eval_rows) > c.EVAL_SIZE:  # some of all, because files are often sorted
+        chosen = torch.randperm(len(eval_rows), generator=generator)[: c.EVAL_SIZE].sort().values
+        eval_rows = [eval_rows[i] for i in chosen]
+    eval_rows = encode_prompts(eval_rows, tokenizer, longest, eval_source or c.PROMPTS, **chat)
+    longest = max(len(row["prompt_ids"]) for row in train_rows + eval_rows)
+    check_rotation(policy, longest + c.MAX_COMPLETION_TOKENS)
     check_size(constants, "EVAL_SIZE", "EVAL_SAMPLES", "MAX_COMPLETION_TOKENS", EVAL_SIZE=len(eval_rows))
     eos_ids = end_of_sequence_ids(policy, tokenizer, "POLICY_MODEL")
     if reward_model is not None and c.USE_SEQUENCE_LEVEL_REWARD:
         reward_model.check(train_rows[0])
     if not c.SELFTEST:  # which shows what fails in its table
-        check_rules({*reward_names, c.EVAL_REWARD} - {"reward_model"}, train_rows[0])
+        check_rules({*reward_names, c.EVAL_REWARD} - {"reward_model"}, train_rows)
+        for name in sorted({*OF_ANSWERS} & {*reward_names}):
+            check_answers(name, "REWARDS", train_rows, "PROMPTS")
+        eval_rows = check_answers(c.EVAL_REWARD, "EVAL_REWARD", eval_rows, "the held-out ones")
+        if not eval_rows:
+            raise InputError(f"EVAL_REWARD = {c.EVAL_REWARD!r} returned None for each held-out prompt; give another")
         rule, answer = Rewards({c.EVAL_REWARD: 1.0}), train_rows[0]["answer"]
         with contextlib.suppress(InputError):  # that it scores too few of these, which was judged above
             rule(train_rows[:1] * 3, [answer, f"#### {answer}", ""])

@@ -8,7 +8,9 @@ says how far the step's updates have moved its log-prob.
 
 import argparse
 import json
+import mmap
 import os
+from itertools import groupby
 from pathlib import Path
 
 from jinja2 import Environment
@@ -44,7 +46,7 @@ TEMPLATE = """\
 <body>
 <h1>{{ name }}: samples</h1>
 <p class="note">Steps {{ steps[-1].step }} to {{ steps[0].step }}, the latest first
-{%- if left_out %}; {{ left_out }} earlier ones are in samples.jsonl{% endif %}.
+{%- if left_out %}; earlier ones are in samples.jsonl{% endif %}.
 Colour: what the step's updates did to a token's log-prob,
 <span style="background: {{ colour(-1) }}">less likely</span> or
 <span style="background: {{ colour(1) }}">more likely</span>, in full from ±{{ full }} nats.
@@ -53,9 +55,9 @@ Hold the pointer over a token for the number.</p>
 <details{% if loop.first %} open{% endif %}>
 <summary>Step {{ step.step }}</summary>
 {% for group in step.groups %}
-<div class="prompt">{{ group.prompt }}<br><small>answer: {{ group.answer }}</small></div>
+<div class="prompt">{{ group[0].prompt }}<br><small>answer: {{ group[0].answer }}</small></div>
 <div class="group">
-{% for c in group.completions %}
+{% for c in group %}
 <div class="card {{ 'up' if c.advantage > 0 else 'down' if c.advantage < 0 else 'even' }}">
 <div class="numbers">reward {{ '%.3g' % c.reward }} · advantage {{ '%+.2f' % c.advantage }} · {{ c.tokens }} tokens ·
 {{ 'cut at the limit' if c.truncated else 'ended' }}</div>
@@ -74,36 +76,47 @@ FULL_COLOUR = 0.5  # nats
 
 
 def draw_samples(folder):
-    """Writes a run's samples.html from its samples.jsonl, if there is one; returns its path. Everything is escaped."""
-    folder, steps = Path(folder), {}
+    """Writes a run's samples.html from the end of its samples.jsonl; returns its path, or None without samples.
+
+    Everything is escaped. What it takes does not grow with the run.
+    """
+    folder, shown, tokens = Path(folder), [], 0
     path = folder / "samples.jsonl"
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size == 0:
         return None
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            row["pairs"] = list(zip(row["token_texts"], row["logp_change"], strict=True))
-            groups = steps.setdefault(row["step"], [])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-            raise InputError(f"{path}, line {number}: not a sample; remove the line and draw again") from None
-        group = (row.get("group"), row["prompt"])  # the first is not in the samples of older runs
-        if not groups or groups[-1]["group"] != group:
-            groups.append({"group": group, "prompt": row["prompt"], "answer": row["answer"], "completions": []})
-        groups[-1]["completions"].append(row)
-    shown, tokens = [], 0
-    for step, groups in sorted(steps.items(), reverse=True):
-        tokens += sum(row["tokens"] for group in groups for row in group["completions"])
+    left_out = False
+    for step, rows in groupby(_samples_from_the_end(path), lambda row: row["step"]):
+        rows = list(rows)[::-1]
+        tokens += sum(row["tokens"] for row in rows)
         if shown and tokens > MOST_TOKENS:
+            left_out = True
             break
+        groups = [list(group) for _, group in groupby(rows, lambda row: (row.get("group"), row["prompt"]))]
         shown.append({"step": step, "groups": groups})
     template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE)
-    html = template.render(
-        name=folder.resolve().name, steps=shown, left_out=len(steps) - len(shown), colour=_colour, full=FULL_COLOUR
-    )
+    html = template.render(name=folder.resolve().name, steps=shown, left_out=left_out, colour=_colour, full=FULL_COLOUR)
     beside = folder / "samples.part.html"
     beside.write_text(html, encoding="utf-8")
     os.replace(beside, folder / "samples.html")
     return folder / "samples.html"
+
+
+def _samples_from_the_end(path):
+    """The rows of a samples.jsonl that is not empty, the last one first. Only what is asked for is read."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = len(text)
+        while end > 0:
+            start = text.rfind(b"\n", 0, end - 1) + 1
+            try:
+                row = json.loads(text[start:end])
+                changes = [change or 0.0 for change in row["logp_change"]]  # None is what was no number
+                row["pairs"] = list(zip(row["token_texts"], changes, strict=True))
+                row["step"], row["tokens"], row["prompt"]
+            except (KeyError, TypeError, ValueError):
+                number = text[:start].count(b"\n") + 1
+                raise InputError(f"{path}, line {number}: not a sample; remove the line and draw again") from None
+            yield row
+            end = start
 
 
 def _colour(change):

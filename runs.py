@@ -2,6 +2,7 @@
 
 outputs/gspo-20260131-101500/
     gspo.py          a copy of the script
+    rewards.py       a copy of the rules
     config.json      resolved constants, fingerprints of prompts and models, command, git commit, versions, hardware
     metrics.jsonl    one object per training step; step 0 holds the evaluation before training
     metrics.png      the 4x2 figure, redrawn while training runs
@@ -15,9 +16,11 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import operator
 import os
 import platform
+import secrets
 import shutil
 import signal
 import subprocess
@@ -41,7 +44,7 @@ from loading import policy_weights, save_merged, save_policy
 from metrics import evaluate, idle_clip
 
 DRAW_EVERY = 30  # seconds
-IDLE_CLIP_STEPS = 10  # steps after which a clip that never acted is worth a warning
+IDLE_STEPS = 10  # steps after which a clip that never acted, or groups without a signal, are worth a warning
 MOST_BAD_UPDATES = 8  # optimizer steps without a finite gradient, in steps one after the other, that end a run
 
 
@@ -50,17 +53,17 @@ class Stopped(BaseException):
 
 
 class Patient:
-    """A stream that a full disk, or a terminal that has gone, makes lose its lines but not raise."""
+    """A stream that loses its lines but does not raise: of a full disk, a terminal that has gone, a closed stream."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115, for as long as the stream
 
     def write(self, text):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # the second: closed, or a letter that it cannot show
             self.stream.write(text)
 
     def flush(self):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
 
     def __getattr__(self, name):
@@ -81,16 +84,17 @@ class Run:
     interruptible = False  # whether a signal may end the step at once: a trainer takes it back before its first update
 
     def __init__(self, trainer, script):
+        if trainer.run is not None:
+            raise InputError("this trainer has trained already; make a new one, with RESUME set to go on with its run")
         self.trainer, self.script, self.algorithm = trainer, script, Path(script["__file__"]).stem
-        self.tensorboard = self.wandb = self.signal = self.saving = self.profiler = None
+        self.tensorboard = self.wandb_run = self.signal = self.saving = self.profiler = None
         self.steps_begun = 0
         self.writer = ThreadPoolExecutor(1)  # of checkpoints
         self.complaints, self.unwritten, self.bad_updates = set(), {}, 0
         self.history = trainer.metrics_history
         self.in_step = False  # between a step's first sample and its last update, where no checkpoint can be taken
         configs.warn_about_constants(script)
-        if script["WANDB_PROJECT"]:
-            self.wandb = _wandb()
+        self.wandb = _wandb() if script["WANDB_PROJECT"] else None
         resumed = configs.run_to_resume(script) if script["RESUME"] else None
         self.folder = resumed or self._new_folder()
         self._lock()
@@ -108,6 +112,7 @@ class Run:
             trainer.load_state(state["trainer"])
             self.history += metrics
         self._begin(resumed, path, made_from)
+        self._try_to_save(resumed)
         self.before = next((row for row in self.history if "eval_accuracy" in row), None)
         self.after = next((row for row in reversed(self.history) if "eval_accuracy" in row), None)
         trainer.rewards.log = trainer.eval_reward.log = self._log_failures
@@ -133,38 +138,87 @@ class Run:
         """Keeps a second process out of the folder; a crash releases it."""
         try:
             self.lock = open(self.folder / "lock", "w")  # noqa: SIM115, for as long as the run
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot write there ({error}); make it writable") from None
+        try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.folder}: another process is writing this run; wait for it, or stop it") from None
         except OSError as error:
-            raise InputError(f"{self.folder}: cannot write there ({error}); make it writable") from None
+            nothing = f"this file system has no locks ({error}), so nothing keeps a second process from writing the run"
+            self._complain("lock", f"{self.folder}: {nothing}")
 
     def _begin(self, resumed, path, made_from):
-        """Has the folder say what the run is made of; where it is resumed, from when on, too."""
+        """Has the folder say what the run is made of; if it is resumed, from when on, too."""
         script, devices = self.script, {name: str(getattr(self.trainer, name.lower())) for name in configs.DEVICES}
-        config = {"constants": configs.constant_values(script) | devices, "made_from": made_from}
+        constants = configs.as_saved(configs.constant_values(script) | devices)
         try:
             if resumed:
+                before = self._config()
+                self.id = before.get("id", self.folder.name)  # older runs have no other
                 self._cut_logs()
-                self._write("config.json", self._config() | {"constants": config["constants"]})
+                self._write("config.json", before | {"constants": constants})
                 print(f"Resumed {self.folder} after step {self.done}" + ("" if path else ", for it has no checkpoint"))
+                self._say_what_the_rate_will_do(before["constants"].get("MAX_STEPS"))
             else:
-                shutil.copy(script["__file__"], self.folder)
-                checkpoints.sync(self.folder / Path(script["__file__"]).name)
-                self._write("config.json", config | describe_machine(Path(script["__file__"]).parent))
+                self.id = f"{self.folder.name}-{secrets.token_hex(4)}"  # runs of other folders may have the same name
+                about = {"id": self.id, "constants": constants, "fingerprints": made_from}
+                for source in (Path(script["__file__"]), configs.HERE / "rewards.py"):
+                    checkpoints.sync(shutil.copy(source, self.folder / source.name))
+                self._write("config.json", about | describe_machine(Path(script["__file__"]).resolve().parent))
                 checkpoints.sync(self.folder)
                 print(f"Run folder: {self.folder}")
         except OSError as error:
-            if not resumed:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            self._leave_nothing(resumed)
             raise InputError(f"{self.folder}: cannot write there ({error}); free some space, or look why") from None
+
+    def _leave_nothing(self, resumed):
+        """Removes the folder of a run that has not begun."""
+        if not resumed:
+            self.lock.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _say_what_the_rate_will_do(self, steps_before):
+        """A schedule that falls to zero over MAX_STEPS is another one if MAX_STEPS is."""
+        steps, schedule = self.script["MAX_STEPS"], self.script["LR_SCHEDULE"]
+        if schedule != "constant" and steps_before not in (None, steps) and 0 < self.done < steps and self.history[1:]:
+            last, then = self.history[-1]["learning_rate"], self.script["learning_rate_at"](self.done + 1)
+            print(
+                f"MAX_STEPS is {steps} now and was {steps_before}, and LR_SCHEDULE = {schedule!r} falls over them: "
+                f"the learning rate goes from {last:.2g} in step {self.done} to {then:.2g} in step {self.done + 1}"
+            )
+
+    def _try_to_save(self, resumed):
+        """Writes what a checkpoint and final/ will hold, reads the checkpoint again, and removes both.
+
+        What fails here would have failed after all steps. Raises InputError, and leaves no folder of a new run.
+        """
+        trial, trainer = self.folder / "trial", self.trainer
+        try:
+            state = {"trainer": trainer.state()}
+            weights = policy_weights(trainer.policy, trainer.adapter)
+            checkpoints.write_folder(trial / "checkpoint", *self._writers_of_checkpoint(weights, 0, state, []))
+            checkpoints.load(trial / "checkpoint", trainer.policy, trainer.adapter)
+            if trainer.adapter is not None:  # else the same weights in the same way
+                checkpoints.write_folder(trial / "final", *self._writers_of_final())
+        except BaseException as error:
+            self._leave_nothing(resumed)
+            if isinstance(error, OSError):
+                raise InputError(f"{self.folder}: the model cannot be saved there ({error}); free some space") from None
+            if not isinstance(error, Exception):  # Ctrl-C
+                raise
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            what = f"POLICY_MODEL = {self.script['POLICY_MODEL']!r} cannot be saved: {why}"  # whatever a library raises
+            raise InputError(f"{what}; give another model, or with --lora-rank other --lora-targets") from None
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
 
     def _config(self):
         return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
 
     def _check_inputs(self, found):
         """Raises InputError where prompts or models are others than those that the run began with."""
-        expected = self._config().get("made_from", found)
+        expected = self._config().get("fingerprints", found)  # older runs have others, of another kind
         changed = [f"{name} = {self.script[name]!r}" for name in found if found[name] != expected.get(name)]
         if changed:
             raise InputError(
@@ -186,7 +240,7 @@ class Run:
         """A file of the folder, whole or not at all: JSON lines, or one JSON document."""
         indent = None if name.endswith("l") else 2
         beside = self.folder / f"{name}.part"
-        beside.write_text("".join(json.dumps(row, indent=indent) + "\n" for row in rows), encoding="utf-8")
+        beside.write_text("".join(_json(row, indent) + "\n" for row in rows), encoding="utf-8")
         checkpoints.sync(beside)
         os.replace(beside, self.folder / name)
 
@@ -197,7 +251,7 @@ class Run:
         try:
             with open(path, "a", encoding="utf-8") as file:
                 size = file.tell()
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.write("".join(_json(row) + "\n" for row in rows))
             self.complaints.discard(name)
         except OSError as error:
             self.unwritten[name] = rows
@@ -221,7 +275,8 @@ class Run:
         self.handlers, self.streams = {}, (sys.stdout, sys.stderr)
         sys.stdout, sys.stderr = map(Patient, self.streams)
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: its terminal has gone
+            # SIGHUP: its terminal has gone; SIGUSR1: Slurm's, some time before its limit
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                     self.handlers[number] = signal.signal(number, self._on_signal)
         return self
@@ -238,7 +293,9 @@ class Run:
     def steps(self):
         """The numbers of the steps that are left. First, the evaluation before step 1, or one that a stop cut off."""
         script = self.script
-        self.bar = tqdm(total=script["MAX_STEPS"], desc=self.algorithm, unit="step", dynamic_ncols=True)
+        hidden = not sys.stderr.isatty()  # a file or a batch system's log gets a line per step instead
+        total = script["MAX_STEPS"]
+        self.bar = tqdm(total=total, desc=self.algorithm, unit="step", dynamic_ncols=True, disable=hidden)
         self.state, self.drawn = self.trainer.state(), time.perf_counter()
         if self.pending is not None:
             self.end_of_step(self.pending["step"], self.pending)
@@ -301,12 +358,8 @@ class Run:
             self._save_final()
         if step > 0 and (evaluating or time.perf_counter() - self.drawn > DRAW_EVERY):
             self._draw()
-        if step == IDLE_CLIP_STEPS and (ratios := idle_clip(self.history)):
-            tqdm.write(
-                f"Warning: in {step} steps the ratio stayed in [{ratios[0]:.6f}, {ratios[1]:.6f}] and the clip never "
-                f"acted; lower CLIP_LOW = {script['CLIP_LOW']:g} and CLIP_HIGH = {script['CLIP_HIGH']:g}"
-            )
         if step > 0:
+            self._say_what_does_not_act(step)
             self._show(metrics)
         if last:
             self._end_profile()
@@ -314,7 +367,25 @@ class Run:
         elif self.signal:
             raise Stopped
 
+    def _say_what_does_not_act(self, step):
+        """Warns of rewards that teach nothing, and of a clip that is too wide to act."""
+        latest = [row.get("dead_groups") for row in self.history[1:]][-IDLE_STEPS:]
+        if latest[-1] != 1:
+            self.complaints.discard("signal")
+        if latest == [1] * IDLE_STEPS:
+            self._complain(
+                "signal",
+                f"in {IDLE_STEPS} steps no group had a signal: all completions of each got the same reward, so that "
+                "there is nothing to prefer; look at samples.html, and change --rewards, the prompts or --temperature",
+            )
+        elif step == IDLE_STEPS and (ratios := idle_clip(self.history)):
+            tqdm.write(
+                f"Warning: in {step} steps the ratio stayed in [{ratios[0]:.6f}, {ratios[1]:.6f}] and the clip never "
+                f"acted; lower CLIP_LOW = {self.script['CLIP_LOW']:g} and CLIP_HIGH = {self.script['CLIP_HIGH']:g}"
+            )
+
     def _log(self, metrics):
+        metrics |= _finite(metrics)  # as metrics.jsonl has them
         self.history.append(metrics)
         self._append("metrics.jsonl", [metrics])
         numbers = {name: value for name, value in metrics.items() if name != "step" and value is not None}
@@ -323,18 +394,24 @@ class Run:
                 for name, value in numbers.items():
                     self.tensorboard.add_scalar(name, value, metrics["step"])
                 self.tensorboard.flush()
-        except OSError as error:
+        except Exception as error:
             self._complain("tensorboard", f"TensorBoard's events could not be written: {error}; training goes on")
-        if self.wandb:
-            self.wandb.log(numbers, step=metrics["step"])
+        try:
+            if self.wandb_run:
+                self.wandb_run.log(numbers, step=metrics["step"])
+        except Exception as error:
+            self._complain("wandb", f"Weights & Biases did not take the metrics: {error}; training goes on")
 
     def _show(self, metrics):
-        self.bar.update(metrics["step"] - self.bar.n)
-        self.bar.set_postfix_str(
+        numbers = (
             f"reward {metrics['reward']:.2f}, accuracy {self.after['eval_accuracy']:.2f}, "
             f"KL {metrics['kl_divergence'] or 0:.3f}, clipped {metrics['clip_fraction'] or 0:.0%}, "
             f"{metrics['tokens_per_second']:.0f} tokens/s"
         )
+        self.bar.update(metrics["step"] - self.bar.n)
+        self.bar.set_postfix_str(numbers)
+        if self.bar.disable:
+            print(f"{self.algorithm} step {metrics['step']}/{self.script['MAX_STEPS']}: {numbers}", flush=True)
 
     def _check_updates(self, metrics):
         """Ends the run where updates fail one after the other, and says what to look at."""
@@ -376,16 +453,25 @@ class Run:
         target = self.folder / "checkpoints" / f"step-{step}"
 
         def write():
-            checkpoints.write_folder(
-                target,
-                lambda folder: save_policy(folder, trainer.policy, trainer.adapter, weights),
-                trainer.tokenizer.save_pretrained,
-                lambda folder: checkpoints.write_state(folder, step, state, history, best),
-            )
+            checkpoints.write_folder(target, *self._writers_of_checkpoint(weights, step, state, history, best))
             checkpoints.prune(self.folder, self.script["KEEP_CHECKPOINTS"])
 
         self.saving = self.writer.submit(write)
         return target
+
+    def _writers_of_checkpoint(self, weights, step, state, history, best=None):
+        trainer = self.trainer
+        return (
+            lambda folder: save_policy(folder, trainer.policy, trainer.adapter, weights),
+            trainer.tokenizer.save_pretrained,
+            lambda folder: checkpoints.write_state(folder, step, state, history, best),
+        )
+
+    def _writers_of_final(self):
+        trainer = self.trainer
+        merge = self.script["MERGE_LORA"] and trainer.adapter is not None
+        save = save_merged if merge else save_policy
+        return lambda folder: save(folder, trainer.policy, trainer.adapter), trainer.tokenizer.save_pretrained
 
     def _finish_saving(self):
         """Waits for the checkpoint that is being written, and says so if it could not be. Returns whether it could."""
@@ -399,16 +485,9 @@ class Run:
             return False
 
     def _save_final(self):
-        trainer, merge = self.trainer, self.script["MERGE_LORA"] and self.trainer.adapter is not None
         self._finish_saving()
         try:
-            checkpoints.write_folder(
-                self.folder / "final",
-                (lambda folder: save_merged(folder, trainer.policy, trainer.adapter))
-                if merge
-                else (lambda folder: save_policy(folder, trainer.policy, trainer.adapter)),
-                trainer.tokenizer.save_pretrained,
-            )
+            checkpoints.write_folder(self.folder / "final", *self._writers_of_final())
         except checkpoints.WRITE_ERRORS as error:
             raise InputError(f"{self.folder / 'final'} could not be written ({error}); free some space") from None
 
@@ -447,31 +526,36 @@ class Run:
             signal.signal(number, handler)
         if getattr(self, "bar", None):
             self.bar.close()
-        if self.tensorboard:
-            with contextlib.suppress(OSError):  # of a full disk, which end_of_step has complained of
+        with contextlib.suppress(Exception):  # which end_of_step has complained of
+            if self.tensorboard:
                 self.tensorboard.close()
+        with contextlib.suppress(Exception):
+            if self.wandb_run:
+                self.wandb_run.finish()  # or the next run of this process would go on with it
         sys.stdout, sys.stderr = self.streams
         self.lock.close()
 
     def _open_boards(self):
-        if self.script["TENSORBOARD"] and find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
+        try:
+            if self.script["TENSORBOARD"] and find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
 
-            try:
                 self.tensorboard = SummaryWriter(self.folder, purge_step=self.done + 1 if self.history else None)
-            except OSError as error:
-                self._complain(
-                    "tensorboard", f"TensorBoard's events cannot be written: {error}; training goes on without"
+        except Exception as error:
+            self._complain("tensorboard", f"TensorBoard's events cannot be written: {error}; training goes on without")
+        try:
+            if self.wandb:
+                self.wandb_run = self.wandb.init(
+                    project=self.script["WANDB_PROJECT"],
+                    id=self.id,
+                    name=self.folder.name,
+                    resume="allow",
+                    dir=self.folder,
+                    config=configs.as_saved(configs.constant_values(self.script)),
                 )
-        if self.wandb:
-            self.wandb.init(
-                project=self.script["WANDB_PROJECT"],
-                id=self.folder.name,
-                name=self.folder.name,
-                resume="allow",
-                dir=self.folder,
-                config=configs.constant_values(self.script),
-            )
+        except Exception as error:  # no key, no network, a server that refuses
+            remedy = "training goes on without; its lines are in metrics.jsonl; WANDB_MODE=offline logs to a file"
+            self._complain("wandb", f"Weights & Biases cannot be logged to: {error}; {remedy}")
 
     def _print_summary(self, texts_after):
         """Held-out accuracy and the first completions before and after training, and where to find what was made."""
@@ -500,6 +584,19 @@ def _rows(path):
     return rows
 
 
+def _finite(value):
+    """A value as JSON can hold it: None in place of numbers that are not finite, within lists and dicts, too."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(row, indent=None):
+    return json.dumps(_finite(row), indent=indent, allow_nan=False)
+
+
 def _brief(text, most=80):
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 4] + " ..."
@@ -518,13 +615,14 @@ def _wandb():
 def fingerprints(trainer):
     """Of what a run is made from, prompts and weights as loaded, a few digits each that change where they change.
 
+    Prompts count as they were given, because a template may hold the day's date; the template counts to the policy.
     Weights count as bfloat16, which they may be on one device and not on another, by the exact sum of their bits.
     """
     reward_model = trainer.reward_model and trainer.reward_model.model
     content = {
-        "PROMPTS": [(row["prompt_ids"], row["answer"]) for row in trainer.train_rows],
-        "EVAL_PROMPTS": [(row["prompt_ids"], row["answer"]) for row in trainer.eval_rows],
-        "POLICY_MODEL": _sums_of_bits(trainer.policy),
+        "PROMPTS": [(row["messages"], row["begun"], row["answer"]) for row in trainer.train_rows],
+        "EVAL_PROMPTS": [(row["messages"], row["begun"], row["answer"]) for row in trainer.eval_rows],
+        "POLICY_MODEL": (trainer.tokenizer.chat_template, _sums_of_bits(trainer.policy)),
         "REWARD_MODEL": _sums_of_bits(reward_model) if reward_model else None,
     }
     return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in content.items()}

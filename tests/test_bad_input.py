@@ -29,6 +29,7 @@ from loading import load_prompts
 QUIET = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)  # Python does not print them
 LIBRARIES = ("transformers", "datasets", "huggingface_hub", "peft")
 GOOD = {"prompt": "1+1=", "answer": "2"}
+ASSISTANT = [{"role": "assistant", "content": "2 it is"}]
 SIZES = {
     "hidden_size": 8,
     "intermediate_size": 8,
@@ -206,6 +207,11 @@ def classifier_policy(script, folder, made):
     return ["--policy-model", made / "reward"]
 
 
+def owners_folder(script, folder, made):
+    (folder / "Qwen").mkdir()
+    return ["--policy-model", "Qwen/Qwen3-0.6B"]
+
+
 def adapter_alone(path):
     removed("config.json", "model.safetensors")(path)
     (path / "adapter_config.json").write_text("{}")
@@ -304,6 +310,7 @@ CONSTANTS = [
     row("a list for a choice", grpo, constants(LOSS_AGGREGATION=["token_mean"]), "LOSS_AGGREGATION", "text in quotes"),
     row("a preset set to None", dapo, constants(PRESET=None), "--preset None", "no such preset", "smoke"),
     row("a list of presets", gspo, constants(PRESET=["smoke"]), "--preset ['smoke']", "no such preset"),
+    row("template variables not in JSON", dapo, constants(CHAT_TEMPLATE_KWARGS="a=b"), "CHAT_TEMPLATE_KWARGS", "JSON"),
     row("a device set to a number", grpo, constants(POLICY_DEVICE=0), "POLICY_DEVICE = 0", "text in quotes"),
     row("a name in place of a number", dapo, constants(OVERLONG_CACHE=max), "OVERLONG_CACHE", "a whole number"),
 ]
@@ -343,6 +350,9 @@ DATA = [
         "file itself",
     ),
     row("a folder named as Parquet", gspo, prompts(lambda path: path.mkdir(), "a.parquet"), "a.parquet", "is a folder"),
+    row("a CSV file", grpo, prompts(b"prompt,answer\n1+1=,2\n", "a.csv"), "a CSV file", "convert it", "to_json"),
+    row("messages of an assistant alone", dapo, rows({"prompt": ASSISTANT, "answer": "2"}), "line 1", "begin it with"),
+    row("answers that no rule can read", gspo, rows(*[{**GOOD, "answer": "#1#2"}] * 3), "REWARDS", "own answer of 3"),
     row("a file that may not be read", gspo, prompts(not_allowed), "cannot read", marks=(as_root,)),
     row("a file that is not there", grpo, ["--prompts", "data/none.jsonl"], "'data/none.jsonl'", "--prompts"),
     row("a folder that is not there", dapo, ["--prompts", "mine/none.jsonl"], "'mine/none.jsonl'", "no such file"),
@@ -356,7 +366,7 @@ DATA = [
     row("an answer that is infinite", grpo, rows({**GOOD, "answer": float("inf")}), "line 1", "'answer' is inf"),
     row("an answer that is a list", dapo, rows({**GOOD, "answer": [1, 2]}), "line 1", "'answer' is [1, 2]", "a text"),
     row("an answer that is an object", gspo, rows({**GOOD, "answer": {"a": 1}}), "line 1", "'answer' is {'a': 1}"),
-    row("Parquet with a list for an answer", grpo, parquet({**GOOD, "answer": ["2"]}), "row 1", "'answer' is ['2']"),
+    row("Parquet with two answers", grpo, parquet({**GOOD, "answer": ["2", "3"]}), "row 1", "'answer' is ['2', '3']"),
     row("Parquet with NaN for an answer", dapo, parquet({**GOOD, "answer": float("nan")}), "row 1", "'answer' is nan"),
     row("an answer that is empty", dapo, rows({**GOOD, "answer": " "}), "line 1", "'answer' is empty"),
     row("a prompt that is null", gspo, rows({**GOOD, "prompt": None}), "line 1", "'prompt' must be a text"),
@@ -370,16 +380,20 @@ DATA = [
     row("a message that is not in a list", gspo, rows({**GOOD, "prompt": {"role": "user", "content": "1="}}), "line 1"),
     row("content in parts", grpo, rows({**GOOD, "prompt": [{"role": "user", "content": [{"text": "1="}]}]}), "line 1"),
     row("a nested prompt", dapo, rows({**GOOD, "prompt": [[{"role": "user", "content": "1="}]]}), "line 1", "role"),
-    row("JSON that is cut short", gspo, prompts(b'[{"prompt": "1+', "a.json"), "a.json", "cannot be read as json"),
+    row(
+        "JSON that is cut short",
+        gspo,
+        prompts(b'[{"prompt": "1+', "a.json"),
+        "a.json, line 1",
+        "not JSON (Unterminated",
+    ),
     row("an empty JSON file", grpo, prompts(b"", "a.json"), "a.json", "no prompts"),
-    row("a JSON file of blanks", dapo, prompts(b" \n ", "a.json"), "a.json", "cannot be read as json"),
-    row("a JSON list of nothing", dapo, prompts(b"[]", "a.json"), "a.json", "cannot be read as json"),
-    row("JSON texts, not objects", gspo, prompts(b'["1+1=", "2+2="]', "a.json"), "a.json, row 1", "no field 'prompt'"),
+    row("a JSON file of blanks", dapo, prompts(b" \n ", "a.json"), "a.json", "no prompts"),
+    row("a JSON list of nothing", dapo, prompts(b"[]", "a.json"), "a.json", "no prompts"),
+    row("JSON texts, not objects", gspo, prompts(b'["1+1=", "2+2="]', "a.json"), "a.json, row 1", "JSON object"),
     row("JSON prompts of two types", grpo, prompts(b'[{"prompt": "1="}, {"prompt": 5}]', "a.json"), "a.json"),
     row("JSON with the rows below a key", grpo, prompts(json.dumps({"data": [GOOD]}).encode(), "a.json"), "'prompt'"),
-    row(
-        "JSON in UTF-16", dapo, prompts(json.dumps([GOOD]).encode("utf-16"), "a.json"), "a.json", "write the file anew"
-    ),
+    row("JSON in UTF-16", dapo, prompts(json.dumps([GOOD]).encode("utf-16"), "a.json"), "a.json, line 1", "UTF-8"),
     row("a truncated Parquet file", gspo, prompts(truncated_parquet, "a.parquet"), "a.parquet", "write the file anew"),
     row("an empty Parquet file", grpo, prompts(b"", "a.parquet"), "a.parquet", "no prompts"),
     row("text named as Parquet", dapo, prompts(json.dumps(GOOD).encode(), "a.parquet"), "a.parquet", "cannot be read"),
@@ -416,6 +430,7 @@ MODELS = [
     row(
         "a policy of the Hub while offline", grpo, ["--policy-model", "nobody/x"], "'nobody/x'", "unset HF_HUB_OFFLINE"
     ),
+    row("a policy of the Hub beside its owner's folder", gspo, owners_folder, "in the folder 'Qwen' that is here"),
     row("a policy that is a file", dapo, ["--policy-model", __file__], "POLICY_MODEL", "no config.json"),
     row("a policy without config.json", gspo, model(removed("config.json")), "no config.json", "save_pretrained"),
     row("an adapter alone", grpo, model(adapter_alone), "POLICY_MODEL", "adapter", "--merge-lora"),
@@ -428,7 +443,7 @@ MODELS = [
         "generation_config.json",
         "save",
     ),
-    row("a config.json that is a list", gspo, model(overwritten("config.json", b"[]")), "POLICY_MODEL", "config"),
+    row("a config.json that is a list", gspo, model(overwritten("config.json", b"[]")), "POLICY_MODEL", "again"),
     row("a config.json that says nothing", grpo, model(overwritten("config.json", b"{}")), "`model_type`"),
     row("an unknown architecture", dapo, model(edited("config.json", model_type="brain")), "`brain`", "transformers"),
     row("a size that is a word", gspo, model(edited("config.json", hidden_size="big")), "POLICY_MODEL", "hidden_size"),

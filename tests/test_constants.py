@@ -168,7 +168,10 @@ def test_a_default_device_asked_for_explicitly_must_exist(capsys, tmp_path):
         (b'\xff\xfe{"prompt"', ["UTF-8"]),
         (b'{"prompt": "1+1=", "answer": null}\n', ["line 1", "'answer' is null"]),
         (b'{"prompt": "1+1=", "answer": "2"}\n', ["1 prompts are too few to hold some out", "--eval-prompts"]),
-        ((b'{"prompt": "' + b"1+" * 60 + b'1=", "answer": "61"}\n') * 2, ["each prompt is longer", "context"]),
+        (
+            b"".join(b'{"prompt": "%d' % i + b"+1" * 60 + b'=", "answer": "61"}\n' for i in range(2)),
+            ["each prompt is longer"],
+        ),
     ],
 )
 def test_bad_prompt_files(capsys, tmp_path, content, words):
@@ -232,7 +235,7 @@ def runs(tmp_path):
             (folder / part / "config.json").write_text('{"model_type": "llama"}')
         shutil.copy(configs.HERE / script, folder)
         namespace = vars(gspo if script == "gspo.py" else grpo)
-        config = {"constants": configs.constant_values(namespace), "made_from": {}}
+        config = {"constants": configs.constant_values(namespace), "fingerprints": {}}
         (folder / "config.json").write_text(json.dumps(config))
     return tmp_path / "runs"
 

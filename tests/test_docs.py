@@ -12,13 +12,14 @@ import pytest
 from conftest import SCRIPTS, shrink, trainer_of
 
 import configs
+import rewards
 from metrics import evaluate
 
 ROOT = Path(configs.HERE)
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 BY_NAME = {script.__name__: script for script in SCRIPTS}
 CONSTANTS = {name: configs.constant_values(vars(script)) for name, script in BY_NAME.items()}
-EVERY = {name for values in CONSTANTS.values() for name in values}
+EVERY = {name for values in CONSTANTS.values() for name in values} | {name for name in vars(rewards) if name.isupper()}
 over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 

@@ -156,9 +156,13 @@ def test_two_steps_on_gsm8k_rows_then_reload_and_generate(model_folder, gsm8k_fi
     assert generates(model, trainer)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_lora_trains_the_adapter_alone_and_final_holds_it_merged(model_folder, gsm8k_files, script):
-    trainer = set_up(script, model_folder("qwen3"), gsm8k_files, LORA_RANK=4, LEARNING_RATE=0.05)
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [*[(script, "qwen3") for script in SCRIPTS], (gspo, "qwen3_moe")],  # of the last, peft adapts the experts, too
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_lora_trains_the_adapter_alone_and_final_holds_it_merged(model_folder, gsm8k_files, script, name):
+    trainer = set_up(script, model_folder(name), gsm8k_files, LORA_RANK=4, LEARNING_RATE=0.05)
     script.OVERLONG_FILTER = False  # of dapo.py: a random model seldom ends
     rollouts = trainer.generate_responses_with_group_sampling(1)
     assert trainer.ref_model is None
@@ -268,10 +272,10 @@ def test_saving_memory_changes_no_gradient(model_folder, gsm8k_files, architectu
 
 
 def test_prompts_go_through_the_chat_template_with_system_prompt_and_thinking(model_folder, gsm8k_files):
-    rows = gsm8k_rows(1)
     for thinking, opening in ((False, "<|im_start|>assistant\n<think></think>"), (True, "<|im_start|>assistant\n")):
         trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, THINKING=thinking)
-        text = f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{rows[0]['question']}<|im_end|>\n{opening}"
+        question = trainer.eval_rows[0]["question"]
+        text = f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n{opening}"
         assert trainer.eval_rows[0]["prompt_text"] == text
         assert trainer.tokenizer.decode(trainer.eval_rows[0]["prompt_ids"]) == text
 
@@ -490,8 +494,8 @@ def test_bad_data(capsys, tmp_path):
     assert "row 1" in refused(capsys, tmp_path, "--prompts", path, "--prompt-column", "question")
     path.write_bytes(b"PAR1 and then nothing")
     assert "cannot be read" in refused(capsys, tmp_path, "--prompts", path)
-    (tmp_path / "bad.json").write_text('{"prompt": [')
-    assert "cannot be read" in refused(capsys, tmp_path, "--prompts", tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text('[\n{"prompt": [')
+    assert "bad.json, line 2: not JSON" in refused(capsys, tmp_path, "--prompts", tmp_path / "bad.json")
 
 
 def test_bad_models(capsys, tmp_path, model_folder):

@@ -70,6 +70,15 @@ def test_a_token_is_coloured_by_the_change_of_its_log_prob(tmp_path):
     ]
 
 
+def test_a_page_reads_the_end_of_the_samples_alone(tmp_path, monkeypatch):
+    rows, loads, read = [sample(step) for step in range(1, 500)], json.loads, []
+    rows[-1]["logp_change"] = [None] * len(rows[-1]["logp_change"])  # as what was no number is written
+    monkeypatch.setattr(page, "MOST_TOKENS", 3 * rows[0]["tokens"])
+    monkeypatch.setattr(page.json, "loads", lambda text: (read.append(text), loads(text))[1])
+    assert "Steps 497 to 499" in Text(write(tmp_path, rows).read_text()).text
+    assert len(read) < 9
+
+
 def test_groups_stand_together_and_a_long_run_shows_its_latest_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "MOST_TOKENS", 8)
     rows = [sample(step, prompt, truncated=True) for step in range(1, 9) for prompt in ("p", "q") for _ in range(2)]
@@ -77,7 +86,9 @@ def test_groups_stand_together_and_a_long_run_shows_its_latest_steps(tmp_path, m
     classes = [given.get("class") for _, given in parsed.tags]
     assert classes.count("group") == 4 and classes.count("card up") == 8
     assert (
-        "Steps 7 to 8" in parsed.text and "6 earlier ones" in parsed.text and parsed.text.count("cut at the limit") == 8
+        "Steps 7 to 8" in parsed.text
+        and "earlier ones are in" in parsed.text
+        and parsed.text.count("cut at the limit") == 8
     )
 
 
@@ -195,18 +206,39 @@ def test_where_tensorboard_cannot_begin_the_run_goes_on(small, monkeypatch, caps
     assert "TensorBoard's events cannot be written: no space; training goes on" in "".join(capsys.readouterr())
 
 
+def test_boards_that_fail_are_a_warning_and_runs_of_one_name_are_two(small, monkeypatch, capsys):
+    ids = []
+
+    def init(**options):
+        ids.append(options["id"])
+        raise RuntimeError("No API key configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: 1 / 0)
+    small.WANDB_PROJECT, small.MAX_STEPS = "sums", 1
+    for name in ("a", "b"):
+        monkeypatch.setattr("runs.time.strftime", lambda *_: "20260102-030405")
+        small.OUTPUT_DIR = small.OUTPUT_DIR.rpartition("/")[0] + "/" + name
+        assert small.GSPOTrainer().train()[-1]["step"] == 1
+    out = capsys.readouterr().out
+    assert out.count("Weights & Biases cannot be logged to: No API key configured; training goes on") == 2
+    assert out.count("TensorBoard's events cannot be written: division by zero; training goes on") == 2
+    assert ids[0] != ids[1] and all(one.startswith("gspo-20260102-030405-") for one in ids)
+
+
 def test_weights_and_biases_only_if_asked_for(small, monkeypatch, capsys):
     calls = []
-    fake = types.SimpleNamespace(
-        init=lambda **options: calls.append(options), log=lambda numbers, step: calls.append((step, numbers))
+    board = types.SimpleNamespace(
+        log=lambda numbers, step: calls.append((step, numbers)), finish=lambda: calls.append("finished")
     )
+    fake = types.SimpleNamespace(init=lambda **options: (calls.append(options), board)[1])
     monkeypatch.setitem(sys.modules, "wandb", fake)
     small.GSPOTrainer().train()
     assert not calls
     small.WANDB_PROJECT = "sums"
     small.GSPOTrainer().train()
     assert calls[0]["project"] == "sums" and calls[0]["config"]["GROUP_SIZE"] == 4
-    assert [call[0] for call in calls[1:]] == [0, 1, 2] and "reward" in calls[2][1]
+    assert [call[0] for call in calls[1:-1]] == [0, 1, 2] and "reward" in calls[2][1] and calls[-1] == "finished"
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(configs.InputError, match="pip install wandb"):
         small.GSPOTrainer().train()

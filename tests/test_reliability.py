@@ -1,6 +1,7 @@
 """Whatever happens to a run, nothing finished is lost, and a resumed run is the run that it would have been."""
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -10,6 +11,8 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
+from stat import S_ISDIR
 from threading import Event
 
 import pytest
@@ -224,8 +227,7 @@ def test_a_run_is_not_continued_with_other_prompts_or_models(tmp_path, capsys, c
         tensors["model.norm.weight"] *= 1.01
         save_file(tensors, path / "model.safetensors", {"format": "pt"})
     else:
-        lines = path.read_text().splitlines()
-        path.write_text("\n".join([lines[1], lines[0], *lines[2:]]))
+        path.write_text("\n".join(reversed(path.read_text().splitlines())))
     code, line = resume(capsys, gspo, "--resume", folder, "--max-steps", 2)
     assert code == 2 and f"other content of {changed} = '{path}'; put back" in line
     assert (folder / "metrics.jsonl").read_bytes() == logged
@@ -316,7 +318,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     trainer, write_state, later, waited = set_up(gspo, tmp_path, MAX_STEPS=3), checkpoints.write_state, Event(), []
 
     def slow(*arguments):
-        waited.append(later.wait(60))  # of step 2, until step 3 has begun
+        if arguments[1] > 0:  # not the trial before the first step
+            waited.append(later.wait(60))  # of step 2, until step 3 has begun
         write_state(*arguments)
 
     monkeypatch.setattr(checkpoints, "write_state", slow)
@@ -399,6 +402,128 @@ def test_the_last_ones_and_the_best_stay(tmp_path, monkeypatch):
     assert left == ["step-2", "step-4", "step-5"]
 
 
+# ---- What a file system, a terminal or a cluster does not give
+
+
+def test_without_locks_and_folder_syncs_a_run_warns_once_and_goes_on(tmp_path, monkeypatch, capsys):
+    fsync = os.fsync
+
+    def refused(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(runs.fcntl, "flock", refused)
+    monkeypatch.setattr(os, "fsync", lambda handle: refused() if S_ISDIR(os.fstat(handle).st_mode) else fsync(handle))
+    checkpoints._warn_once.cache_clear()
+    trainer = set_up(gspo, tmp_path, MAX_STEPS=1)
+    assert trainer.train()[-1]["step"] == 1
+    out = capsys.readouterr().out
+    assert out.count("has no locks") == 1 and out.count("cannot sync folders") == 1
+
+
+def test_closed_or_ascii_output_ends_no_run_and_a_log_gets_a_line_per_step(tmp_path):
+    rows = [{"prompt": f"{a}+{a}=", "answer": f"zwölf {a}"} for a in range(20, 26)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [
+        "--preset",
+        "smoke",
+        "--rewards",
+        "exact_match",
+        "--prompts",
+        str(tmp_path / "rows.jsonl"),
+        "--no-tensorboard",
+    ]
+    argv += ["--output-dir", str(tmp_path / "outputs"), "--save-every", "0", "--kl-coef", "0", "--no-adaptive-kl"]
+
+    def in_ascii():
+        sys.stdout, sys.stderr = (open(number, "w", encoding="ascii", closefd=False) for number in (1, 2))
+        gspo.main(argv)
+
+    def closed():
+        os.close(1)
+        sys.stdout = None  # as Python has it then
+        gspo.main(argv)
+
+    shown = []
+    for work in (in_ascii, closed):
+        run = Forked(work, tmp_path)
+        out, err = run.communicate(timeout=120)
+        assert run.returncode == 0, err
+        shown.append(out)
+    assert "zw\\xf6lf" in shown[0] and "Held-out accuracy" not in shown[1]
+    assert [line.split(":")[0] for line in shown[0].splitlines() if " step " in line] == [
+        "gspo step 1/2",
+        "gspo step 2/2",
+    ]
+
+
+def test_several_processes_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    shrink(gspo, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, line = resume(capsys, gspo)
+    assert code == 2 and "one of 2 processes, as by torchrun, which is not supported yet" in line
+
+
+def test_what_the_end_would_not_be_able_to_write_is_tried_first(tmp_path, monkeypatch, capsys):
+    shrink(gspo, tmp_path)
+
+    def broken(*_):
+        raise AttributeError("'Experts' object has no attribute 'weight'")
+
+    monkeypatch.setattr(runs, "save_merged", broken)
+    code, line = resume(capsys, gspo, "--lora-rank", 2)
+    assert code == 2 and "cannot be saved: AttributeError: 'Experts' object has no" in line and "--lora-targets" in line
+    assert not list((tmp_path / "outputs").iterdir())
+
+
+# ---- Constants and objects as people have them
+
+
+def test_constants_of_any_type_are_saved_and_those_of_several_lines_compared_whole(tmp_path):
+    text = (configs.HERE / "gspo.py").read_text()
+    more = 'SEED = 0  # of everything random\nHOME = Path("/data")\nNAMES = {"b", "a"}\nTYPE = torch.bfloat16  # mine\n'
+    more += 'LONG = (\n    "one "\n    "two"\n)  # over lines\n'
+    (tmp_path / "mine.py").write_text(text.replace("SEED = 0  # of everything random\n", more))
+    namespace = vars(gspo) | {"__file__": str(tmp_path / "mine.py"), "HOME": Path("/data"), "NAMES": {"b", "a"}}
+    namespace |= {"TYPE": torch.bfloat16, "LONG": "one two"}
+    constants = configs.read_constants(namespace)
+    assert constants["LONG"] == ("one two", "over lines", "Run") and constants["TYPE"][1] == "mine"
+    saved = configs.as_saved(configs.constant_values(namespace) | {"F": named, "PAIR": (1, 2), "BAD": float("nan")})
+    assert json.loads(json.dumps(saved, allow_nan=False)) == saved
+    assert (saved["HOME"], saved["NAMES"], saved["TYPE"]) == ("PosixPath('/data')", "['a', 'b']", "torch.bfloat16")
+    assert (saved["F"], saved["PAIR"], saved["BAD"], saved["SEED"]) == ("<function named>", [1, 2], "nan", 0)
+    folder = tmp_path / "outputs/mine-1"
+    folder.mkdir(parents=True)
+    shutil.copy(tmp_path / "mine.py", folder)
+    (folder / "config.json").write_text(json.dumps({"constants": saved}))
+    configs.apply_overrides(namespace, ["--resume", str(folder)])
+    assert namespace["HOME"] == Path("/data") and namespace["TYPE"] is torch.bfloat16
+    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace('"two"', '"three"'))
+    namespace["LONG"] = "one three"
+    with pytest.raises(configs.InputError, match="LONG = 'one two', not 'one three'"):
+        configs.apply_overrides(namespace, ["--resume", str(folder)])
+
+
+def test_a_longer_run_under_a_falling_schedule_says_what_the_rate_will_do(tmp_path, capsys):
+    trainer = set_up(gspo, tmp_path, MAX_STEPS=2, SAVE_EVERY=1, LR_SCHEDULE="linear")
+    trainer.train()
+    with pytest.raises(configs.InputError, match="this trainer has trained already; make a new one"):
+        trainer.train()
+    capsys.readouterr()
+    gspo.MAX_STEPS = 3
+    resumed(gspo, trainer.run.folder)
+    out = capsys.readouterr().out
+    assert "MAX_STEPS is 3 now and was 2" in out and "from 0.0005 in step 2 to 0.00033 in step 3" in out
+
+
+def test_ten_steps_without_a_signal_are_said_once_and_the_clip_is_not_blamed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gspo.Rewards, "_by_rule", lambda self, name, rows, texts: [(0.0, None)] * len(texts))
+    monkeypatch.setattr(runs, "IDLE_STEPS", 2)
+    constants = {"MAX_STEPS": 4, "REWARDS": "exact_match", "ENTROPY_COEF": 0.0, "KL_COEF": 0.0, "ADAPTIVE_KL": False}
+    set_up(gspo, tmp_path, **constants).train()
+    out = capsys.readouterr().out
+    assert out.count("in 2 steps no group had a signal") == 1 and "lower CLIP_LOW" not in out
+
+
 # ---- Signals
 
 
@@ -409,7 +534,7 @@ def test_the_last_ones_and_the_best_stay(tmp_path, monkeypatch):
         (gspo, "update", signal.SIGTERM, 143, 2),
         (gspo, "evaluate", signal.SIGINT, 130, 3),
         (grpo, "update", signal.SIGINT, 130, 2),
-        (dapo, "sample", signal.SIGTERM, 143, 1),
+        (dapo, "sample", signal.SIGUSR1, 138, 1),  # as Slurm sends it before its limit
     ],
     ids=named,
 )
@@ -557,11 +682,19 @@ def test_pictures_that_cannot_be_drawn_stop_no_training(tmp_path, monkeypatch, c
     assert out.count("the pictures could not be drawn: no such font; training goes on") == 1
 
 
-def run_with_room_for(size, argv, tmp_path):
-    """A run of gspo.py that can write no file above some bytes, as on a disk that gets full: code, stdout, stderr."""
+def run_with_room_for(size, argv, tmp_path, after="main"):
+    """A run of gspo.py that can write no file above some bytes, as on a disk that is full, or that gets full after a
+    method of Run: code, stdout, stderr."""
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     def work():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        if after == "main":
+            fill()
+        else:
+            before = getattr(runs.Run, after)
+            setattr(runs.Run, after, lambda *arguments: (before(*arguments), fill())[0])
         gspo.main(argv)
 
     run = Forked(work, tmp_path)
@@ -571,7 +704,7 @@ def run_with_room_for(size, argv, tmp_path):
 
 def test_a_full_disk_stops_no_training_and_says_what_was_not_written(tmp_path):
     argv = ["--preset", "smoke", "--save-every", "1", "--no-tensorboard", "--output-dir", str(tmp_path / "outputs")]
-    code, out, err = run_with_room_for(600 * 1024, argv, tmp_path)  # the model has 1.2 MB
+    code, out, err = run_with_room_for(600 * 1024, argv, tmp_path, "_try_to_save")  # the model has 1.2 MB
     assert code == 2 and "Traceback" not in err
     assert "a checkpoint could not be written" in out and "training goes on" in out
     assert "final could not be written" in err.splitlines()[-1]
@@ -659,6 +792,8 @@ def test_an_update_that_is_not_finite_moves_nothing_and_is_counted(tmp_path, mon
     moved, step = [], trainer.optimizer.step
     trainer.optimizer.step = lambda: (moved.append(1), step())
     history = trainer.train()
+    text = (trainer.run.folder / "metrics.jsonl").read_text()
+    assert history[1]["grad_norm"] is None and "NaN" not in text and "Infinity" not in text  # which JSON does not have
     assert history[1]["skipped_updates"] == 1 and history[2]["skipped_updates"] == 0
     assert len(moved) == history[1]["updates"] + history[2]["updates"] - 1
     assert all(value.isfinite().all() for value in trainer.policy.parameters()) and before
@@ -753,7 +888,7 @@ def test_killed_in_the_middle_of_writing_a_checkpoint(tmp_path, whole, at):
     trainer, synced, sync = set_up(gspo, tmp_path), [], checkpoints.sync
 
     def killed(path):
-        synced.append(path)
+        synced.extend([path] if "checkpoints" in path.parts else [])
         os.kill(os.getpid(), signal.SIGKILL) if len(synced) == at else sync(path)
 
     def work():

@@ -1,5 +1,6 @@
 """Rule rewards: what the shipped ones say, and that no rule, whatever it does, takes a run with it."""
 
+import datetime
 import functools
 import json
 import os
@@ -42,7 +43,7 @@ def rule(prompt, completion, row):
     if completion == "bent":
         sys.stdout.close()
         return 0.25
-    return {"nan": float("nan"), "infinite": float("inf"), "none": None, "text": "good"}.get(completion, row["worth"])
+    return {"nan": float("nan"), "infinite": float("inf"), "list": [1], "text": "good"}.get(completion, row["worth"])
 """
 FAILING = {
     "raise": "raised ValueError: no",
@@ -54,7 +55,7 @@ FAILING = {
     "eat": "raised MemoryError",
     "nan": "returned nan",
     "infinite": "returned inf",
-    "none": "returned None",
+    "list": "returned [1]",
     "text": "returned 'good'",
 }
 
@@ -87,9 +88,9 @@ def test_whatever_a_rule_does_the_others_are_scored_and_the_failures_are_named(r
 
 def test_above_the_stated_share_of_failures_it_stops(rules):
     scorer = rewards.Rewards({"rule": 1.0}, file=rules)
-    assert scorer([row()] * 4, ["none", "none", "fine", "fine"]) == [0.0, 0.0, 0.5, 0.5]
-    with pytest.raises(configs.InputError, match="3 of 4 .* no reward: rule returned None, .* 'none'"):
-        scorer([row()] * 4, ["none", "none", "none", "fine"])
+    assert scorer([row()] * 4, ["list", "list", "fine", "fine"]) == [0.0, 0.0, 0.5, 0.5]
+    with pytest.raises(configs.InputError, match="3 of 4 .* no reward: rule returned .1., .* 'list'"):
+        scorer([row()] * 4, ["list", "list", "list", "fine"])
 
 
 def test_the_server_is_started_again_where_it_has_died(rules):
@@ -135,6 +136,105 @@ def test_rules_that_do_not_load_are_one_line(tmp_path):
 # ---- Rules as people add them
 
 
+KINDS = """
+import datetime, functools, mmap, os
+from fractions import Fraction
+
+RESERVED = mmap.mmap(-1, 5 * 2**30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # addresses, no memory
+
+def _holds(prompt, completion, row, word):
+    return float(word in completion)
+
+class Judge:
+    def __call__(self, prompt, completion, row):
+        return Fraction(1, 4)
+
+holds = functools.partial(_holds, word="#")
+judge = Judge()
+brief = lambda prompt, completion, row: 0.0 if len(completion) > 9 else 1.0
+
+def some(prompt, completion, row):
+    return None if row["task"] == "other" else 2.0
+
+def none(prompt, completion, row):
+    some(prompt, completion, row)
+
+def dated(prompt, completion, row):
+    return row["due"].year
+
+def here(prompt, completion, row):
+    return os.path.exists(completion)
+
+def small(prompt, completion, row):
+    return len(["x" * 50 + str(i) for i in range(20000)])  # 2 MB
+"""
+
+
+@pytest.fixture
+def kinds(tmp_path):
+    (tmp_path / "rules.py").write_text(KINDS)
+    return tmp_path / "rules.py"
+
+
+def test_a_rule_may_be_a_partial_an_object_or_a_lambda_and_memory_counts_from_what_loading_took(kinds):
+    scorer = rewards.Rewards(dict.fromkeys(("holds", "judge", "brief", "small"), 1.0), file=kinds)
+    assert scorer([row()] * 2, ["#", "longer than that"]) == [2.25 + 20000, 0.25 + 20000] and not scorer.failures
+
+
+def test_a_rule_gets_the_row_as_it_was_read_and_the_folder_that_the_run_was_started_in(kinds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scorer = rewards.Rewards({"dated": 1.0, "here": 1.0}, file=kinds)
+    assert scorer([row() | {"due": datetime.date(2026, 1, 2)}] * 2, ["rules.py", "no"]) == [2027, 2026]
+
+
+def test_none_leaves_a_row_out_of_the_rules_mean_and_of_its_weight(kinds):
+    scorer = rewards.Rewards({"some": 3.0, "brief": 1.0}, file=kinds)
+    tasks = [row() | {"task": task} for task in ("this", "other", "this")]
+    assert scorer(tasks, ["a", "a", "longer than that"]) == [7.0, 1.0, 6.0]
+    assert scorer.report() == {"reward_some": 2.0, "reward_brief": 2 / 3, "reward_failures": 0.0}
+    scorer = rewards.Rewards({"some": 1.0}, file=kinds)
+    assert scorer(tasks, ["a"] * 3) == [2.0, 0.0, 2.0]
+    assert scorer.failures[0]["problem"] == "returned None, and no other reward concerns the row"
+
+
+def test_a_rule_that_returns_none_for_every_prompt_is_refused_and_one_for_some_is_not(kinds):
+    rows = [row() | {"task": task} for task in ("other", "this")]
+    rewards.check_rules({"some"}, rows, kinds)
+    with pytest.raises(configs.InputError, match="none, a rule of .* returned None for each of 2 prompts.* a return"):
+        rewards.check_rules({"none"}, rows, kinds)
+
+
+def test_imported_rules_are_found_and_names_that_hide_one_another_are_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(rewards, "imported", functools.partial(lambda prompt, completion, row: 1.0), raising=False)
+    assert rewards.find_reward("imported", "REWARDS") is rewards.imported
+    for text in ("import math\n\ndef math(p):\n    pass\n", "def math(p):\n    pass\n\nimport math\n"):
+        (tmp_path / "mine.py").write_text(text)
+        monkeypatch.setattr(rewards, "__file__", str(tmp_path / "mine.py"))
+        with pytest.raises(configs.InputError, match="imports math and has a rule of the same name.* as math_module"):
+            rewards.find_reward("format", "REWARDS")
+
+
+def test_answers_that_a_rule_cannot_read_are_counted_and_above_the_stated_share_stop_the_run(capsys):
+    solution = "Ann had three pens, and then she bought four more of them in the shop, so that she has seven pens now"
+    rows = [row() | {"answer": answer} for answer in ["\\frac{1}{2}", "#### 7", "C"] * 10 + [solution] * 3]
+    assert rewards.check_answers("math", "REWARDS", rows, "PROMPTS") == rows
+    out = capsys.readouterr().out
+    assert "the rule math gives 0 to the own answer of 3 of 33 prompts of PROMPTS, such as 'Ann had three" in out
+    with pytest.raises(configs.InputError, match="own answer of 3 of 6 prompts .* mark the answers with ####"):
+        rewards.check_answers("math", "REWARDS", rows[-6:], "PROMPTS")
+    with pytest.raises(
+        configs.InputError, match="exact_match gives 0 to the own answer of 1 of 1 .* --eval-reward math"
+    ):
+        rewards.check_answers("exact_match", "EVAL_REWARD", [row() | {"answer": "3+4=7 #### 7"}], "PROMPTS")
+
+
+def test_answers_are_tried_only_where_they_are_concerned_and_in_forms_that_a_rule_knows(kinds, capsys):
+    rows = [row() | {"answer": "7", "task": task} for task in ("this", "other")]
+    assert rewards.check_answers("some", "EVAL_REWARD", rows, "PROMPTS", kinds) == rows[:1]
+    rewards.check_answers("judge", "EVAL_REWARD", rows, "PROMPTS", kinds)  # a quarter for each: it wants another form
+    assert capsys.readouterr().out == ""
+
+
 def test_a_rule_with_other_parameters_is_told_which_it_must_take(monkeypatch):
     def typed(question, text, row):
         return 1.0
@@ -172,7 +272,7 @@ def test_a_rule_that_scores_some_completions_is_not_refused(tmp_path):
     (tmp_path / "rules.py").write_text(
         "def rule(prompt, completion, row):\n    return len(completion.split('####')[1])"
     )
-    rewards.check_rules({"rule"}, row(), tmp_path / "rules.py")
+    rewards.check_rules({"rule"}, [row()], tmp_path / "rules.py")
 
 
 def test_a_syntax_error_in_the_rules_is_one_line(tmp_path):
@@ -296,7 +396,9 @@ def test_an_answer_that_would_take_forever_to_compare_is_a_failure():
     scorer = rewards.Rewards({"math": 1.0})
     rows = [{"prompt": "p", "answer": "#### 3"}] * 4
     assert scorer(rows, ["\\boxed{9^{9^{9^9}}}", "#### 3", "#### 4", "\\boxed{3}"]) == [0.0, 1.0, 0.0, 1.0]
-    assert [failure["problem"] for failure in scorer.failures] == ["took longer than 1 s"]
+    assert [failure["problem"] for failure in scorer.failures] == [
+        "took longer than 1 s, which is SECONDS in rewards.py"
+    ]
 
 
 def test_format_and_length():

@@ -115,7 +115,7 @@ def test_the_decoders_step_is_the_models(name):
     positions, cache = (visible.cumsum(1) - 1).clamp(min=0), attention.GrowingCache(40)
     with torch.no_grad():
         mask = (visible[:, None, None, :8] | torch.eye(8, dtype=torch.bool)).tril()
-        inputs = {"position_ids": positions[:, :8], "past_key_values": cache, "use_cache": True}
+        inputs = {"position_ids": positions[:, :8]} | attention.with_cache(other.base_model, cache)
         other.base_model(input_ids=ids[:, :8], attention_mask=mask, **inputs)
         decode = decoding.decoder_of(other)
         found = [decode(ids[:, t], positions[:, t], cache, visible[:, : t + 1]) for t in range(8, 12)]

@@ -48,6 +48,7 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
     folder = trainer.run.folder
     assert folder.parent.name == "outputs" and folder.name.startswith(f"{algorithm}-")
     assert (folder / f"{algorithm}.py").read_text() == (configs.HERE / f"{algorithm}.py").read_text()
+    assert (folder / "rewards.py").read_text() == (configs.HERE / "rewards.py").read_text()
     config = json.loads((folder / "config.json").read_text())
     assert config["constants"]["GROUP_SIZE"] == 4 and config["constants"]["OUTPUT_DIR"] == script.OUTPUT_DIR
     assert {"git_commit", "versions", "hardware", "command"} <= config.keys()
@@ -179,7 +180,7 @@ def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none
     small.KL_COEF, small.ADAPTIVE_KL, small.ENTROPY_COEF, small.REWARDS = 0.0, False, 0.0, "exact_match"
     trainer = trainer_of(small)
     history = trainer.train()
-    assert loaded == ["POLICY_MODEL"] and trainer.ref_model is None and not any(asked)
+    assert loaded == ["POLICY_MODEL", "checkpoint"] and trainer.ref_model is None and not any(asked)
     assert history[1]["kl_divergence"] is None and history[1]["kl_loss"] == history[1]["entropy_loss"] == 0
     assert plotting.draw_run(trainer.run.folder).is_file()
 
@@ -222,6 +223,17 @@ def test_the_learning_rate_warms_up_and_decays(small):
     assert rates["cosine"][7] == pytest.approx(0.5) and 0 < rates["cosine"][9] < 0.1
 
 
+def test_a_script_run_through_a_link_says_the_commit_of_the_file_that_it_leads_to(small, tmp_path, monkeypatch):
+    (tmp_path / "train.py").symlink_to(configs.HERE / "gspo.py")
+    monkeypatch.setitem(vars(gspo), "__file__", str(tmp_path / "train.py"))
+    monkeypatch.setattr(runs, "describe_machine", lambda repository: {"repository": str(repository)})
+    small.MAX_STEPS, small.SAVE_EVERY = 1, 0
+    trainer = small.GSPOTrainer()
+    trainer.train()
+    assert json.loads((trainer.run.folder / "config.json").read_text())["repository"] == str(configs.HERE)
+    assert trainer.run.folder.name.startswith("train-") and (trainer.run.folder / "train.py").is_file()
+
+
 def test_warnings_where_constants_cannot_work(small, capsys, monkeypatch):
     small.GSPO_EPOCHS = small.MINI_BATCHES = 1
     small.TOP_P = 0.9
@@ -233,7 +245,7 @@ def test_warnings_where_constants_cannot_work(small, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "one update per rollout" not in captured.out
     assert "the clip never acted" not in captured.out + captured.err  # in two steps it need not
-    monkeypatch.setattr(runs, "IDLE_CLIP_STEPS", 2)
+    monkeypatch.setattr(runs, "IDLE_STEPS", 2)
     small.GSPOTrainer().train()
     captured = capsys.readouterr()
     assert "in 2 steps the ratio" in captured.out + captured.err and "the clip never acted" in captured.out
@@ -244,7 +256,7 @@ def test_the_summary_shows_long_prompts_and_answers_in_brief(small, tmp_path, ca
     rows = [{"prompt": f"{i}+{i}=", "answer": "one\nstep\nafter " * 20 + "#### 7"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small.PROMPTS = small.EVAL_PROMPTS = str(tmp_path / "rows.jsonl")
-    small.MAX_STEPS, small.REWARDS = 1, "length"
+    small.MAX_STEPS, small.REWARDS, small.EVAL_REWARD = 1, "length", "math"
     small.GSPOTrainer().train()
     lines = [line for line in capsys.readouterr().out.splitlines() if "(answer " in line]
     assert len(lines) == 3 and all("(answer one step after one" in line and line.endswith(" ...)") for line in lines)
