@@ -50,6 +50,22 @@ class Packing:
         }
 
 
+def micro_batches(lengths, token_budget):
+    """Splits rows into batches of at most token_budget tokens; longest first, for rows of like length go well together.
+
+    lengths (B,) on the CPU -> row indices per batch. A row longer than the budget goes alone.
+    """
+    batch, room = [], token_budget
+    for row in lengths.argsort(descending=True, stable=True):
+        if batch and lengths[row] > room:
+            yield torch.stack(batch)
+            batch, room = [], token_budget
+        batch.append(row)
+        room -= int(lengths[row])
+    if batch:
+        yield torch.stack(batch)
+
+
 def places(lengths, width, device):
     """Where each of the N tokens of sequences stands in rows of that width one after the other, (N,)."""
     return (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1).to(device)

@@ -133,13 +133,55 @@ def _constants_of(text):
     return found
 
 
+class Constants:
+    """The constants of a script as they were at one moment, read-only: constants.MAX_STEPS.
+
+    algorithm: the script's name without .py. path: the script. text: what it said at that moment.
+    """
+
+    def __init__(self, values, path, text):
+        vars(self).update(values, algorithm=path.stem, path=path, text=text)
+
+    def __setattr__(self, name, _):
+        raise AttributeError(
+            f"{name} cannot be set: these are a run's constants; set the script's own before it begins"
+        )
+
+    def values(self):
+        """{name: value}"""
+        return {name: value for name, value in vars(self).items() if name.isupper()}
+
+
+def snapshot(namespace):
+    """The Constants of a script, checked. namespace: its globals(), which anything may change later.
+
+    Raises InputError for the first constant that breaks its rule, and if the script was started as several processes.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise InputError(
+            f"started as one of {processes} processes, as by torchrun, which is not supported yet: start one process "
+            "with python; it uses two GPUs by itself"
+        )
+    preset = namespace.get("PRESET", "")
+    if preset not in ("", namespace.get("__preset__")):
+        raise InputError(
+            f"PRESET = {preset!r} changes nothing when it is set from Python; set the constants that it stands for, by "
+            f"configs.apply_overrides(vars({Path(namespace['__file__']).stem}), ['--preset', {preset!r}])"
+        )
+    path = Path(namespace["__file__"])
+    text = path.read_text(encoding="utf-8")
+    values = {name: namespace[name] for name in _constants_of(text) if name in namespace}  # some may be new there
+    validate(values)
+    return Constants(values | {"OUTPUT_DIR": _expanded("OUTPUT_DIR", values["OUTPUT_DIR"])}, path, text)
+
+
 def read_constants(namespace):
     """The constants of a script, as {name: (value now, comment, group)}, in the order of the file.
 
     namespace: the globals() of the script.
     """
-    text = Path(namespace["__file__"]).read_text(encoding="utf-8")
-    return {name: (namespace[name], one.comment, one.group) for name, one in _constants_of(text).items()}
+    constants = _constants_of(Path(namespace["__file__"]).read_text(encoding="utf-8"))
+    return {name: (namespace[name], one.comment, one.group) for name, one in constants.items() if name in namespace}
 
 
 def constant_values(namespace):
@@ -248,8 +290,8 @@ def apply_overrides(namespace, argv=None):
         if name not in given and name in constants and namespace[name] != value:
             print(f"preset {preset}: {name} = {value!r}  (was {namespace[name]!r})")
             namespace[name] = value
-    namespace.update(given)
-    validate(namespace)
+    namespace.update(given, __preset__=preset)
+    validate(constant_values(namespace))
     for name in given:
         if name.endswith("_DEVICE"):
             check_device(name, given[name])
@@ -282,18 +324,18 @@ def _resume(namespace, constants, given):
         if name in here and name not in asked and name not in DEVICES and here[name] != value:
             namespace[name] = value
     namespace.update(asked, RESUME=str(folder))
-    validate(namespace)
+    namespace["__preset__"] = namespace["PRESET"]  # whose constants are among those of the run
+    validate(constant_values(namespace))
 
 
-def run_to_resume(namespace):
-    """The folder of the run that RESUME names. Raises InputError where its constants are others, as Python may set."""
-    script = Path(namespace["__file__"])
-    folder = _run_folder(namespace["RESUME"], namespace["OUTPUT_DIR"], script)
+def run_to_resume(constants):
+    """The folder of the run that RESUME names. Raises InputError if its constants are others, as Python may set."""
+    folder = _run_folder(constants.RESUME, constants.OUTPUT_DIR, constants.path)
     try:
         run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        _refuse_others(folder, run, constant_values(namespace))
+        _refuse_others(folder, run, constants.values())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--resume {folder}: {_no_run(folder, script, error)}") from None
+        raise InputError(f"--resume {folder}: {_no_run(folder, constants.path, error)}") from None
     return folder
 
 
@@ -492,17 +534,9 @@ def _rule(name):
     return RULES.get(name) or (RULES["EPOCHS"] if name.endswith("_EPOCHS") else (None, None, None))
 
 
-def validate(namespace):
-    """Raises InputError, naming constant, value, rule and remedy, for the first constant that breaks its rule.
-
-    Changes one thing: the ~ of OUTPUT_DIR, which would else be a folder of that name.
-    """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise InputError(
-            f"started as one of {processes} processes, as by torchrun, which is not supported yet: "
-            f"start one process, python {Path(namespace['__file__']).name}, which uses two GPUs by itself"
-        )
-    for name, value in constant_values(namespace).items():
+def validate(values):
+    """Raises InputError, naming constant, value, rule and remedy, for the first constant that breaks its rule."""
+    for name, value in values.items():
         kind, holds, text = _rule(name)
         if kind is None:
             continue
@@ -516,40 +550,39 @@ def validate(namespace):
             raise InputError(f"{name} = {value!r} must be {text}; edit it or give {flag}")
         if kind in (int, float) and value > LARGEST and name != "SEED":
             raise InputError(f"{name} = {value!r} is too large, more than {LARGEST:g}; edit it or give {flag}")
-    if namespace.get("LOSS_AGGREGATION") == "constant" and "LOSS_DIVISOR" not in namespace:
+    if values.get("LOSS_AGGREGATION") == "constant" and "LOSS_DIVISOR" not in values:
         raise InputError(
             "LOSS_AGGREGATION = 'constant' is for grpo.py; this script has no LOSS_DIVISOR to divide by: "
             "give --loss-aggregation token_mean or sequence_mean"
         )
-    if not namespace["USE_SEQUENCE_LEVEL_REWARD"]:
-        if namespace.get("RATIO_LEVEL") == "sequence":
+    if not values["USE_SEQUENCE_LEVEL_REWARD"]:
+        if values.get("RATIO_LEVEL") == "sequence":
             raise InputError(
                 "RATIO_LEVEL = 'sequence' has no place for rewards per token; --ratio-level sequence_token"
             )
-        if not re.search(r"\breward_model\b", namespace["REWARDS"]):
+        if not re.search(r"\breward_model\b", values["REWARDS"]):
             raise InputError("USE_SEQUENCE_LEVEL_REWARD = False is for a reward model; add it: --rewards reward_model")
-    if namespace["MINI_BATCHES"] > namespace["BATCH_SIZE"] * namespace["GROUP_SIZE"]:
+    if values["MINI_BATCHES"] > values["BATCH_SIZE"] * values["GROUP_SIZE"]:
         raise InputError("MINI_BATCHES is more than BATCH_SIZE x GROUP_SIZE completions; lower --mini-batches")
-    namespace["OUTPUT_DIR"] = _expanded("OUTPUT_DIR", namespace["OUTPUT_DIR"])
-    check_size(namespace, "BATCH_SIZE", "GROUP_SIZE", "MAX_COMPLETION_TOKENS")
+    check_size(values, "BATCH_SIZE", "GROUP_SIZE", "MAX_COMPLETION_TOKENS")
 
 
-def check_size(namespace, *names, **values):
+def check_size(values, *names, **others):
     """Raises InputError where constants, or values in their place, ask for more tokens at once than a machine holds."""
-    values = {name: values.get(name, namespace[name]) for name in names}
+    values = {name: others.get(name, values[name]) for name in names}
     if math.prod(values.values()) > MOST_TOKENS:
         asked = " x ".join(f"{name} = {value}" for name, value in values.items())
         flags = ", ".join("--" + name.lower().replace("_", "-") for name in names)
         raise InputError(f"{asked} is more than {MOST_TOKENS} tokens at once, too large for a machine; lower {flags}")
 
 
-def warn_about_constants(namespace):
-    """Says so where constants ask for something that cannot work."""
-    epochs = next(value for name, value in constant_values(namespace).items() if name.endswith("_EPOCHS"))
-    if epochs * namespace["MINI_BATCHES"] == 1:
+def warn_about_constants(constants):
+    """Says so if constants ask for something that cannot work."""
+    epochs = next(value for name, value in constants.values().items() if name.endswith("_EPOCHS"))
+    if epochs * constants.MINI_BATCHES == 1:
         print("Warning: one update per rollout, so the ratio is always 1 and the clip is dead; raise MINI_BATCHES")
-    if namespace["TOP_P"] < 1:
-        print(f"Warning: TOP_P = {namespace['TOP_P']} below 1 samples from another distribution than the ratio assumes")
+    if constants.TOP_P < 1:
+        print(f"Warning: TOP_P = {constants.TOP_P} below 1 samples from another distribution than the ratio assumes")
 
 
 # ---- Devices and paths

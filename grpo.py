@@ -40,7 +40,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads wai
 
 import torch
 
-from attention import GrowingCache, Packing, with_cache
+from attention import GrowingCache, Packing, micro_batches, with_cache
 from decoding import decoder_of
 from fits import Fits
 from kernels import invert_cumulative, token_logps
@@ -302,22 +302,6 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def micro_batches(lengths, token_budget):
-    """Splits rows into batches of at most token_budget tokens; longest first, for rows of like length go well together.
-
-    lengths (B,) on the CPU -> row indices per batch. A row longer than the budget goes alone.
-    """
-    batch, room = [], token_budget
-    for row in lengths.argsort(descending=True, stable=True):
-        if batch and lengths[row] > room:
-            yield torch.stack(batch)
-            batch, room = [], token_budget
-        batch.append(row)
-        room -= int(lengths[row])
-    if batch:
-        yield torch.stack(batch)
-
-
 def completion_logps(model, rollouts, rows, with_entropy=False):
     """log π of the sampled tokens of some rows: logps (rows, T) in nats on the model's device, 0 where masked.
 
@@ -490,11 +474,11 @@ class GRPOTrainer:
     """Loads models and data by the constants; train() does the rest. Raises InputError on what cannot be used."""
 
     def __init__(self):
-        configs.validate(globals())
+        self.constants = configs.snapshot(globals())
         devices, weights = configs.choose_devices(POLICY_DEVICE, REF_DEVICE, REWARD_DEVICE), parse_rewards(REWARDS)
         self.policy_device, self.ref_device, self.reward_device = devices
         find_reward(EVAL_REWARD, "EVAL_REWARD")
-        loaded = load_all(globals(), devices, weights, generator_of("held out"))
+        loaded = load_all(self.constants, devices, weights, generator_of("held out"))
         self.train_rows, self.eval_rows = loaded.train_rows, loaded.eval_rows
         self.tokenizer, self.eos_ids = loaded.tokenizer, loaded.eos_ids
         self.policy, self.adapter, self.ref_model = loaded.policy, loaded.adapter, loaded.ref_model
@@ -636,7 +620,7 @@ class GRPOTrainer:
 
     def train_step(self, step):
         """Rollouts, rewards, advantages and updates of one step (from 1). Returns its metrics."""
-        learning_rate = learning_rate_at(step)
+        learning_rate = self.learning_rate_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         times = [time.perf_counter()]
@@ -699,10 +683,19 @@ class GRPOTrainer:
 
     def train(self):
         """Trains for MAX_STEPS steps. Returns metrics_history, which is also what metrics.jsonl holds."""
-        with Run(self, globals()) as self.run:
+        with Run(self) as self.run:
             for step in self.run.steps():
                 self.run.end_of_step(step, self.train_step(step))
         return self.metrics_history
+
+    @staticmethod
+    def learning_rate_at(step):
+        """The learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE."""
+        if step <= WARMUP_STEPS:
+            return LEARNING_RATE * step / WARMUP_STEPS
+        progress = (step - WARMUP_STEPS - 1) / max(1, MAX_STEPS - WARMUP_STEPS)
+        factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        return LEARNING_RATE * factor[LR_SCHEDULE]
 
     def state(self):
         """What a checkpoint holds beside the weights. Nothing random: that comes from generator_of alone."""
@@ -718,15 +711,6 @@ def per_token(values, completion_mask):
     return aggregate(values, completion_mask) / aggregate(torch.ones_like(values), completion_mask)
 
 
-def learning_rate_at(step):
-    """The learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE."""
-    if step <= WARMUP_STEPS:
-        return LEARNING_RATE * step / WARMUP_STEPS
-    progress = (step - WARMUP_STEPS - 1) / max(1, MAX_STEPS - WARMUP_STEPS)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return LEARNING_RATE * factor[LR_SCHEDULE]
-
-
 # ---- Run -------------------------------------------------------------------------------------------------------------
 
 
@@ -735,7 +719,7 @@ def main(argv=None):
         configs.apply_overrides(globals(), argv)
         trainer = GRPOTrainer()
         if SELFTEST:
-            selftest(trainer, globals())
+            selftest(trainer)
         else:
             trainer.train()
 

@@ -9,7 +9,6 @@ import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pyarrow.parquet
@@ -666,13 +665,12 @@ class Loaded:
     reward_model: object  # RewardModel or TokenRewardModel, None where REWARDS does not name it
 
 
-def load_all(constants, devices, reward_names, generator):
+def load_all(c, devices, reward_names, generator):
     """Prompts, tokenizer and models as the constants say. Raises InputError on whatever cannot be used.
 
-    constants: the script's globals(). devices: of policy, reference and reward model. generator: decides which prompts
-    are held out where EVAL_PROMPTS is "", or is still the embedded task's beside other PROMPTS.
+    c: the script's constants, of configs.snapshot. devices: of policy, reference and reward model. generator: decides
+    which prompts are held out and evaluated on.
     """
-    c = SimpleNamespace(**constants)
     columns = (c.PROMPT_COLUMN, c.ANSWER_COLUMN, c.PROMPTS_CONFIG)
     train_rows = load_prompts(c.PROMPTS, "PROMPTS", *columns, c.PROMPTS_SPLIT)
     eval_source = c.EVAL_PROMPTS
@@ -719,7 +717,7 @@ def load_all(constants, devices, reward_names, generator):
         )
 
         def batches(lengths):
-            return c.micro_batches(lengths, constants["MICRO_BATCH_TOKENS"])
+            return attention.micro_batches(lengths, c.MICRO_BATCH_TOKENS)
 
         if c.USE_SEQUENCE_LEVEL_REWARD:
             reward_model = RewardModel(model, own_tokenizer, c.REWARD_MODEL, batches)
@@ -743,7 +741,7 @@ def load_all(constants, devices, reward_names, generator):
     eval_rows = encode_prompts(eval_rows, tokenizer, longest, eval_source or c.PROMPTS, **chat)
     longest = max(len(row["prompt_ids"]) for row in train_rows + eval_rows)
     check_rotation(policy, longest + c.MAX_COMPLETION_TOKENS)
-    check_size(constants, "EVAL_SIZE", "EVAL_SAMPLES", "MAX_COMPLETION_TOKENS", EVAL_SIZE=len(eval_rows))
+    check_size(c.values(), "EVAL_SIZE", "EVAL_SAMPLES", "MAX_COMPLETION_TOKENS", EVAL_SIZE=len(eval_rows))
     eos_ids = end_of_sequence_ids(policy, tokenizer, "POLICY_MODEL")
     if reward_model is not None and c.USE_SEQUENCE_LEVEL_REWARD:
         reward_model.check(train_rows[0])

@@ -97,18 +97,18 @@ def token_texts(tokenizer, ids):
 # ---- On held-out prompts
 
 
-def evaluate(trainer, script):
-    """Held-out accuracy by EVAL_REWARD: metrics, and the greedy completions. script: the globals() of the trainer's.
+def evaluate(trainer, constants):
+    """Held-out accuracy by EVAL_REWARD: metrics, and the greedy completions.
 
     From EVAL_SAMPLES sampled completions per prompt, and from a greedy one. The random numbers are the same each time,
     so that two evaluations differ by the policy alone.
     """
-    rows, samples = trainer.eval_rows, script["EVAL_SAMPLES"]
+    rows, samples = trainer.eval_rows, constants.EVAL_SAMPLES
     sampled = trainer.sample(rows, samples, ("evaluation",))
     greedy = trainer.sample(rows, 1, ("evaluation",), greedy=True)
     right, right_greedy = (trainer.eval_reward(some.prompts, some.texts) for some in (sampled, greedy))
-    check_right(right + right_greedy, script["EVAL_REWARD"])
-    metrics = accuracy_metrics(right, samples, script["PASS_AT"])
+    check_right(right + right_greedy, constants.EVAL_REWARD)
+    metrics = accuracy_metrics(right, samples, constants.PASS_AT)
     return metrics | {"eval_accuracy_greedy": sum(right_greedy) / len(right_greedy)}, greedy.texts
 
 

@@ -73,29 +73,29 @@ class Patient:
 class Run:
     """One run of a trainer, new or resumed; a context around its steps. Raises InputError if it cannot be written.
 
-        with Run(trainer, globals()) as run:
+        with Run(trainer) as run:
             for step in run.steps():
                 run.end_of_step(step, trainer.train_step(step))
 
     Metrics also go to TensorBoard, if TENSORBOARD is set and the package is there, and to Weights & Biases, if
-    WANDB_PROJECT names a project. script: the globals() of the trainer's script.
+    WANDB_PROJECT names a project.
     """
 
     interruptible = False  # whether a signal may end the step at once: a trainer takes it back before its first update
 
-    def __init__(self, trainer, script):
+    def __init__(self, trainer):
         if trainer.run is not None:
             raise InputError("this trainer has trained already; make a new one, with RESUME set to go on with its run")
-        self.trainer, self.script, self.algorithm = trainer, script, Path(script["__file__"]).stem
+        self.trainer, self.constants, self.algorithm = trainer, trainer.constants, trainer.constants.algorithm
         self.tensorboard = self.wandb_run = self.signal = self.saving = self.profiler = None
         self.steps_begun = 0
         self.writer = ThreadPoolExecutor(1)  # of checkpoints
         self.complaints, self.unwritten, self.bad_updates = set(), {}, 0
         self.history = trainer.metrics_history
         self.in_step = False  # between a step's first sample and its last update, where no checkpoint can be taken
-        configs.warn_about_constants(script)
-        self.wandb = _wandb() if script["WANDB_PROJECT"] else None
-        resumed = configs.run_to_resume(script) if script["RESUME"] else None
+        configs.warn_about_constants(self.constants)
+        self.wandb = _wandb() if self.constants.WANDB_PROJECT else None
+        resumed = configs.run_to_resume(self.constants) if self.constants.RESUME else None
         self.folder = resumed or self._new_folder()
         self._lock()
         self.done, self.pending, self.texts_before = 0, {"step": 0}, []  # nothing is done, and row 0 is not written
@@ -121,7 +121,7 @@ class Run:
     # -- The folder
 
     def _new_folder(self):
-        parent, name = Path(self.script["OUTPUT_DIR"]), f"{self.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
+        parent, name = Path(self.constants.OUTPUT_DIR), f"{self.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             for number in range(1, 1000):  # two runs may start in the same second
                 folder = parent / (name if number == 1 else f"{name}-{number}")
@@ -150,8 +150,11 @@ class Run:
 
     def _begin(self, resumed, path, made_from):
         """Has the folder say what the run is made of; if it is resumed, from when on, too."""
-        script, devices = self.script, {name: str(getattr(self.trainer, name.lower())) for name in configs.DEVICES}
-        constants = configs.as_saved(configs.constant_values(script) | devices)
+        script, devices = (
+            self.constants.path,
+            {name: str(getattr(self.trainer, name.lower())) for name in configs.DEVICES},
+        )
+        constants = configs.as_saved(self.constants.values() | devices)
         try:
             if resumed:
                 before = self._config()
@@ -163,9 +166,11 @@ class Run:
             else:
                 self.id = f"{self.folder.name}-{secrets.token_hex(4)}"  # runs of other folders may have the same name
                 about = {"id": self.id, "constants": constants, "fingerprints": made_from}
-                for source in (Path(script["__file__"]), configs.HERE / "rewards.py"):
-                    checkpoints.sync(shutil.copy(source, self.folder / source.name))
-                self._write("config.json", about | describe_machine(Path(script["__file__"]).resolve().parent))
+                (self.folder / script.name).write_text(self.constants.text, encoding="utf-8")
+                shutil.copy(configs.HERE / "rewards.py", self.folder)
+                for name in (script.name, "rewards.py"):
+                    checkpoints.sync(self.folder / name)
+                self._write("config.json", about | describe_machine(script.resolve().parent))
                 checkpoints.sync(self.folder)
                 print(f"Run folder: {self.folder}")
         except OSError as error:
@@ -180,9 +185,9 @@ class Run:
 
     def _say_what_the_rate_will_do(self, steps_before):
         """A schedule that falls to zero over MAX_STEPS is another one if MAX_STEPS is."""
-        steps, schedule = self.script["MAX_STEPS"], self.script["LR_SCHEDULE"]
+        steps, schedule = self.constants.MAX_STEPS, self.constants.LR_SCHEDULE
         if schedule != "constant" and steps_before not in (None, steps) and 0 < self.done < steps and self.history[1:]:
-            last, then = self.history[-1]["learning_rate"], self.script["learning_rate_at"](self.done + 1)
+            last, then = self.history[-1]["learning_rate"], self.trainer.learning_rate_at(self.done + 1)
             print(
                 f"MAX_STEPS is {steps} now and was {steps_before}, and LR_SCHEDULE = {schedule!r} falls over them: "
                 f"the learning rate goes from {last:.2g} in step {self.done} to {then:.2g} in step {self.done + 1}"
@@ -208,7 +213,7 @@ class Run:
             if not isinstance(error, Exception):  # Ctrl-C
                 raise
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            what = f"POLICY_MODEL = {self.script['POLICY_MODEL']!r} cannot be saved: {why}"  # whatever a library raises
+            what = f"POLICY_MODEL = {self.constants.POLICY_MODEL!r} cannot be saved: {why}"  # whatever a library raises
             raise InputError(f"{what}; give another model, or with --lora-rank other --lora-targets") from None
         finally:
             shutil.rmtree(trial, ignore_errors=True)
@@ -219,7 +224,7 @@ class Run:
     def _check_inputs(self, found):
         """Raises InputError where prompts or models are others than those that the run began with."""
         expected = self._config().get("fingerprints", found)  # older runs have others, of another kind
-        changed = [f"{name} = {self.script[name]!r}" for name in found if found[name] != expected.get(name)]
+        changed = [f"{name} = {getattr(self.constants, name)!r}" for name in found if found[name] != expected.get(name)]
         if changed:
             raise InputError(
                 f"{self.folder} began with other content of {', '.join(changed)}; put back what was there, or begin a "
@@ -292,19 +297,19 @@ class Run:
 
     def steps(self):
         """The numbers of the steps that are left. First, the evaluation before step 1, or one that a stop cut off."""
-        script = self.script
+        constants = self.constants
         hidden = not sys.stderr.isatty()  # a file or a batch system's log gets a line per step instead
-        total = script["MAX_STEPS"]
+        total = constants.MAX_STEPS
         self.bar = tqdm(total=total, desc=self.algorithm, unit="step", dynamic_ncols=True, disable=hidden)
         self.state, self.drawn = self.trainer.state(), time.perf_counter()
         if self.pending is not None:
             self.end_of_step(self.pending["step"], self.pending)
-        elif self.done >= script["MAX_STEPS"]:
+        elif self.done >= constants.MAX_STEPS:
             self._save_final()  # anew: what lies there may be that of a shorter run
             self._draw()
             print(f"The run is complete, its model is in {self.folder / 'final'}; --max-steps can make it longer")
         self.bar.update(self.done - self.bar.n)
-        for step in range(self.done + 1, script["MAX_STEPS"] + 1):
+        for step in range(self.done + 1, constants.MAX_STEPS + 1):
             self._profile(step)
             self.in_step = Run.interruptible = True
             yield step
@@ -312,7 +317,7 @@ class Run:
     def _profile(self, step):
         """With PROFILE, traces the second to fourth step of this process, or as many as there are."""
         self.steps_begun += 1
-        if not self.script["PROFILE"]:
+        if not self.constants.PROFILE:
             return
         if self.steps_begun == 2:
             self.profiler = torch.profiler.profile()
@@ -333,16 +338,16 @@ class Run:
 
     def end_of_step(self, step, metrics):
         """Evaluates, logs, saves and draws, as far as it is due. metrics: of the step, added to."""
-        script = self.script
+        constants = self.constants
         self.in_step = Run.interruptible = False
         self.done, self.pending, self.state = step, metrics, self.trainer.state()
-        last, every = step == script["MAX_STEPS"], script["EVAL_EVERY"]
+        last, every = step == constants.MAX_STEPS, constants.EVAL_EVERY
         evaluating = step == 0 or last or (every > 0 and step % every == 0)
         if self.signal:
             raise Stopped
         if evaluating:
             Run.interruptible = True
-            self.after, texts = evaluate(self.trainer, script)
+            self.after, texts = evaluate(self.trainer, constants)
             Run.interruptible = False
             metrics |= self.after
             if step == 0:
@@ -352,7 +357,7 @@ class Run:
             self._append("samples.jsonl", self._with_groups(self.trainer.samples))
         self.pending = None
         self._check_updates(metrics)
-        if step > 0 and script["SAVE_EVERY"] > 0 and (last or step % script["SAVE_EVERY"] == 0):
+        if step > 0 and constants.SAVE_EVERY > 0 and (last or step % constants.SAVE_EVERY == 0):
             self.checkpoint()
         if last:
             self._save_final()
@@ -381,7 +386,7 @@ class Run:
         elif step == IDLE_STEPS and (ratios := idle_clip(self.history)):
             tqdm.write(
                 f"Warning: in {step} steps the ratio stayed in [{ratios[0]:.6f}, {ratios[1]:.6f}] and the clip never "
-                f"acted; lower CLIP_LOW = {self.script['CLIP_LOW']:g} and CLIP_HIGH = {self.script['CLIP_HIGH']:g}"
+                f"acted; lower CLIP_LOW = {self.constants.CLIP_LOW:g} and CLIP_HIGH = {self.constants.CLIP_HIGH:g}"
             )
 
     def _log(self, metrics):
@@ -411,7 +416,7 @@ class Run:
         self.bar.update(metrics["step"] - self.bar.n)
         self.bar.set_postfix_str(numbers)
         if self.bar.disable:
-            print(f"{self.algorithm} step {metrics['step']}/{self.script['MAX_STEPS']}: {numbers}", flush=True)
+            print(f"{self.algorithm} step {metrics['step']}/{self.constants.MAX_STEPS}: {numbers}", flush=True)
 
     def _check_updates(self, metrics):
         """Ends the run where updates fail one after the other, and says what to look at."""
@@ -429,7 +434,7 @@ class Run:
 
     def _with_groups(self, samples):
         """Samples, each with the number of its group in the step: two groups may have the same prompt."""
-        return [{**sample, "group": i // self.script["GROUP_SIZE"]} for i, sample in enumerate(samples)]
+        return [{**sample, "group": i // self.constants.GROUP_SIZE} for i, sample in enumerate(samples)]
 
     def _draw(self):
         self.drawn = time.perf_counter()
@@ -454,7 +459,7 @@ class Run:
 
         def write():
             checkpoints.write_folder(target, *self._writers_of_checkpoint(weights, step, state, history, best))
-            checkpoints.prune(self.folder, self.script["KEEP_CHECKPOINTS"])
+            checkpoints.prune(self.folder, self.constants.KEEP_CHECKPOINTS)
 
         self.saving = self.writer.submit(write)
         return target
@@ -469,7 +474,7 @@ class Run:
 
     def _writers_of_final(self):
         trainer = self.trainer
-        merge = self.script["MERGE_LORA"] and trainer.adapter is not None
+        merge = self.constants.MERGE_LORA and trainer.adapter is not None
         save = save_merged if merge else save_policy
         return lambda folder: save(folder, trainer.policy, trainer.adapter), trainer.tokenizer.save_pretrained
 
@@ -537,7 +542,7 @@ class Run:
 
     def _open_boards(self):
         try:
-            if self.script["TENSORBOARD"] and find_spec("tensorboard"):
+            if self.constants.TENSORBOARD and find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.tensorboard = SummaryWriter(self.folder, purge_step=self.done + 1 if self.history else None)
@@ -546,12 +551,12 @@ class Run:
         try:
             if self.wandb:
                 self.wandb_run = self.wandb.init(
-                    project=self.script["WANDB_PROJECT"],
+                    project=self.constants.WANDB_PROJECT,
                     id=self.id,
                     name=self.folder.name,
                     resume="allow",
                     dir=self.folder,
-                    config=configs.as_saved(configs.constant_values(self.script)),
+                    config=configs.as_saved(self.constants.values()),
                 )
         except Exception as error:  # no key, no network, a server that refuses
             remedy = "training goes on without; its lines are in metrics.jsonl; WANDB_MODE=offline logs to a file"

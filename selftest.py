@@ -13,17 +13,18 @@ TOLERANCES = 1e-3, 0.1  # nats, in float32 and in bfloat16, for log-probs that t
 MOVED = 0.9  # share of the weights with a gradient that a step should change
 
 
-def selftest(trainer, script):
-    """Prints the table; raises SystemExit(1) if a line fails. trainer: new. script: the globals() of its script."""
-    tolerance = TOLERANCES[trainer.policy_device.type == "cuda" or script["POLICY_DTYPE"] == "bfloat16"]
-    size = min(4, script["BATCH_SIZE"], len(trainer.train_rows))
+def selftest(trainer):
+    """Prints the table; raises SystemExit(1) if a line fails. trainer: new."""
+    constants = trainer.constants
+    tolerance = TOLERANCES[trainer.policy_device.type == "cuda" or constants.POLICY_DTYPE == "bfloat16"]
+    size = min(4, constants.BATCH_SIZE, len(trainer.train_rows))
     rows = trainer.train_rows[:size]
-    rollouts = trainer.sample(rows, script["GROUP_SIZE"], ("selftest",))
+    rollouts = trainer.sample(rows, constants.GROUP_SIZE, ("selftest",))
     every = torch.arange(len(rollouts.texts))
     mask = rollouts.completion_mask
     old_logps = trainer.compute_log_probs(trainer.policy, rollouts).cpu()
     with torch.no_grad():
-        alone = [script["completion_logps"](trainer.policy, rollouts, row[None])[0][0].cpu() for row in every]
+        alone = [trainer.compute_log_probs(trainer.policy, rollouts, row[None])[0].cpu() for row in every]
 
     lines = [("first prompt, as the model sees it", repr(rows[0]["prompt_text"]), None)]  # for the reader to judge
     lines.append(("first completion", repr(rollouts.texts[0]), None))
@@ -52,7 +53,7 @@ def selftest(trainer, script):
     except InputError as error:  # where most of them fail
         lines.append(("rewards", str(error).partition(", see ")[0], False))  # a file of a run, which this is not
 
-    lines += update_lines(trainer, script, rollouts, old_logps.to(trainer.policy_device), tolerance)
+    lines += update_lines(trainer, constants, rollouts, old_logps.to(trainer.policy_device), tolerance)
     width = max(len(name) for name, _, _ in lines)
     for name, text, passed in lines:
         mark = "" if passed is None else "ok" if passed else "FAIL"
@@ -61,14 +62,14 @@ def selftest(trainer, script):
         sys.exit(1)
 
 
-def update_lines(trainer, script, rollouts, old_logps, tolerance):
+def update_lines(trainer, constants, rollouts, old_logps, tolerance):
     """The lines about one optimizer step: the ratio before it, the gradient, and the weights that it moves."""
     for group in trainer.optimizer.param_groups:
-        group["lr"] = script["LEARNING_RATE"]
+        group["lr"] = constants.LEARNING_RATE
     advantages = torch.ones(len(rollouts.texts), device=trainer.policy_device)
     advantages[::2] = -1.0  # whatever the rewards are, there is something to learn
     before = [parameter.detach().clone() for parameter in trainer.trained]
-    ref_logps = None if script["KL_COEF"] == 0 else old_logps
+    ref_logps = None if constants.KL_COEF == 0 else old_logps
     stats = trainer.update(rollouts, torch.arange(len(rollouts.texts)), old_logps, ref_logps, advantages)
     low, high = stats["ratio_min"].item(), stats["ratio_max"].item()
     lines = [("ratio before the first update", f"{low:.6f} to {high:.6f}", abs(low - 1) < tolerance > abs(high - 1))]

@@ -75,7 +75,7 @@ def peak_now():
 def accuracy(trainer, workload):
     if workload != "embedded":
         return {}
-    found = evaluate(trainer, vars(grpo))[0]
+    found = evaluate(trainer, trainer.constants)[0]
     return {"sampled": found["eval_accuracy"], "greedy": found["eval_accuracy_greedy"]}
 
 
@@ -138,7 +138,7 @@ def run_trl(workload, steps, prompts, folder, micro_batch, continuous_batching):
         def create_scheduler(self, num_training_steps, optimizer=None):  # grpo.py's rate, constant within a step
             def factor(update):
                 step = min(update // grpo.MINI_BATCHES + 1, steps)
-                return grpo.learning_rate_at(step) / grpo.LEARNING_RATE
+                return grpo.GRPOTrainer.learning_rate_at(step) / grpo.LEARNING_RATE
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             return self.lr_scheduler

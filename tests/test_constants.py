@@ -37,7 +37,7 @@ def assert_refused(capsys, tmp_path, words, *argv):
 def test_an_aggregation_without_its_divisor_is_refused():
     dapo.LOSS_AGGREGATION = "constant"
     with pytest.raises(configs.InputError, match="LOSS_DIVISOR"):
-        configs.validate(vars(dapo))
+        configs.snapshot(vars(dapo))
 
 
 # ---- Overrides
@@ -219,7 +219,7 @@ def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
 def test_a_tilde_in_the_output_folder_is_the_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     configs.apply_overrides(vars(gspo), ["--output-dir=~/runs"])
-    assert str(tmp_path / "runs") == gspo.OUTPUT_DIR
+    assert configs.snapshot(vars(gspo)).OUTPUT_DIR == str(tmp_path / "runs")
 
 
 # ---- What cannot be resumed

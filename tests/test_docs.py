@@ -121,7 +121,7 @@ def test_quoted_defaults_are_those_of_the_script(name):
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_logged_metric_is_explained_and_no_other(name, tmp_path):
     trainer = trainer_of(shrink(BY_NAME[name], tmp_path))
-    logged = set(trainer.train_step(1)) - {"step"} | set(evaluate(trainer, vars(BY_NAME[name]))[0])
+    logged = set(trainer.train_step(1)) - {"step"} | set(evaluate(trainer, trainer.constants)[0])
     explained = {
         metric
         for row in rows_of(ROOT / "docs" / f"{name}.md", "Metrics")

@@ -290,7 +290,7 @@ def test_the_selftest_passes_with_lora_whose_a_has_no_gradient_at_first(small, c
     trainer = trainer_of(small)
     next(p for name, p in trainer.policy.named_parameters() if ".lora_B." in name).register_hook(torch.zeros_like)
     with pytest.raises(SystemExit):
-        gspo.selftest(trainer, vars(small))
+        gspo.selftest(trainer)
     mark, text = lines_of(capsys)["weights that the step moved"]
     assert mark == "FAIL" and " 1 of " in text and "lora_B" in text
 
@@ -333,7 +333,7 @@ def test_the_selftest_asks_that_a_step_move_nine_tenths_of_the_weights(small, ca
 
     trainer.optimizer.step = partly
     with contextlib.suppress(SystemExit):
-        gspo.selftest(trainer, vars(small))
+        gspo.selftest(trainer)
     assert lines_of(capsys)["weights that the step moved"][0] == mark
 
 
@@ -354,5 +354,5 @@ def test_the_selftest_shows_what_is_wrong(small, capsys, monkeypatch):
     small.MAX_COMPLETION_TOKENS = 2  # too short for any end
     trainer = trainer_of(small)
     with pytest.raises(SystemExit):
-        gspo.selftest(trainer, vars(small))
+        gspo.selftest(trainer)
     assert lines_of(capsys)["completions that end"][0] == "FAIL"

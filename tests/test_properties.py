@@ -251,7 +251,7 @@ def test_token_advantages_have_no_nan_and_do_not_see_padding(script, kind, data)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), budget=st.integers(1, 100))
 def test_every_token_goes_through_once_whatever_the_lengths_and_the_budget(lengths, budget):
     lengths = torch.tensor(lengths)
-    batches = list(gspo.micro_batches(lengths, budget))
+    batches = list(attention.micro_batches(lengths, budget))
     assert sorted(torch.cat(batches).tolist()) == list(range(len(lengths)))
     assert all(len(rows) == 1 or lengths[rows].sum() <= budget for rows in batches)
     for rows in batches:
@@ -340,7 +340,7 @@ def test_a_command_line_is_taken_or_is_an_input_error(script, data):
     before = configs.constant_values(vars(script))
     try:
         configs.apply_overrides(vars(script), argv)
-        configs.validate(vars(script))  # what was taken keeps the rules
+        configs.snapshot(vars(script))  # what was taken keeps the rules
     except configs.InputError as error:
         assert str(error).strip()
     except SystemExit as exit_:

@@ -503,6 +503,34 @@ def test_constants_of_any_type_are_saved_and_those_of_several_lines_compared_who
         configs.apply_overrides(namespace, ["--resume", str(folder)])
 
 
+def test_the_file_may_be_edited_while_models_load_and_the_copy_is_what_ran(tmp_path, monkeypatch):
+    """People edit the next run's constants while one runs."""
+    text = (configs.HERE / "gspo.py").read_text()
+    (tmp_path / "gspo.py").write_text(text)
+    monkeypatch.setitem(vars(gspo), "__file__", str(tmp_path / "gspo.py"))
+    trainer = set_up(gspo, tmp_path, MAX_STEPS=1, SAVE_EVERY=0)
+    (tmp_path / "gspo.py").write_text(text.replace("SEED = 0  #", "NEW = 1  # not there at first\nSEED = 7  #"))
+    trainer.train()
+    folder = trainer.run.folder
+    assert (folder / "gspo.py").read_text() == text
+    assert json.loads((folder / "config.json").read_text())["constants"].keys() == trainer.constants.values().keys()
+    with pytest.raises(AttributeError, match="SEED cannot be set"):
+        trainer.constants.SEED = 1
+    assert "NEW" not in vars(gspo) and trainer_of(gspo).constants.SEED == 0  # nor does it stop the next trainer here
+
+
+def test_a_preset_set_from_python_is_refused_with_what_to_call(tmp_path, monkeypatch):
+    shrink(gspo, tmp_path)
+    monkeypatch.setitem(vars(gspo), "__preset__", "")  # whatever tests before this one have run
+    gspo.PRESET = "smoke"
+    with pytest.raises(
+        configs.InputError, match="PRESET = 'smoke' changes nothing when it is set from Python.*--preset"
+    ):
+        trainer_of(gspo)
+    configs.apply_overrides(vars(gspo), ["--preset", "smoke"])
+    assert trainer_of(gspo).constants.PRESET == "smoke"
+
+
 def test_a_longer_run_under_a_falling_schedule_says_what_the_rate_will_do(tmp_path, capsys):
     trainer = set_up(gspo, tmp_path, MAX_STEPS=2, SAVE_EVERY=1, LR_SCHEDULE="linear")
     trainer.train()

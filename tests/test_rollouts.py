@@ -239,7 +239,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
     lengths = torch.tensor([3, 50, 7, 7, 20, 1, 100, 7])
-    batches = list(gspo.micro_batches(lengths, 60))
+    batches = list(attention.micro_batches(lengths, 60))
     assert sorted(torch.cat(batches).tolist()) == list(range(8))
     for rows in batches:
         assert len(rows) == 1 or int(lengths[rows].sum()) <= 60

@@ -216,7 +216,7 @@ def test_the_learning_rate_warms_up_and_decays(small):
     rates = {}
     for schedule in ("constant", "linear", "cosine"):
         small.LR_SCHEDULE = schedule
-        rates[schedule] = [gspo.learning_rate_at(step) for step in range(1, 11)]
+        rates[schedule] = [gspo.GSPOTrainer.learning_rate_at(step) for step in range(1, 11)]
         assert rates[schedule][:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates["constant"][5:] == [1.0] * 5
     assert rates["linear"][5:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
