@@ -30,7 +30,6 @@ Run:   python grpo.py                     the embedded task, on any machine
 import hashlib
 import math
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -45,7 +44,7 @@ from decoding import decoder_of
 from fits import Fits
 from kernels import invert_cumulative, token_logps
 from loading import load_all
-from metrics import samples_of, speed_metrics, step_metrics
+from metrics import Clock, InTurn, samples_of, step_metrics
 from rewards import Rewards, find_reward, parse_rewards
 from runs import Run
 from selftest import selftest
@@ -302,24 +301,23 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def completion_logps(model, rollouts, rows, with_entropy=False):
-    """log π of the sampled tokens of some rows: logps (rows, T) in nats on the model's device, 0 where masked.
+def completion_logps(model, rollouts, with_entropy=False):
+    """log π of the sampled tokens: logps (B, T) in nats on the model's device, 0 where masked.
 
-    Second: the entropy of the full distribution at each of them, (rows, T), or None. The rows go through the model
+    Second: the entropy of the full distribution at each of them, (B, T), or None. The sequences go through the model
     packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time.
     """
     device, head = model.device, model.get_output_embeddings()
-    completion_mask, ids = rollouts.completion_mask[rows], rollouts.input_ids[rows]
-    packing = Packing(model, rollouts.lengths[rows] - 1)  # without the last token, which predicts nothing
-    row, t = completion_mask.nonzero(as_tuple=True)  # (tokens,) each
-    column = rollouts.prompt_lengths[rows][row] + t
-    targets, before = ids[row, column].to(device), (packing.first[row] + column - 1).to(device)
+    packing = Packing(model, rollouts.lengths - 1)  # without the last token, which predicts nothing
+    row, t = rollouts.completion_mask.nonzero(as_tuple=True)  # (tokens,) each
+    column = rollouts.prompt_lengths[row] + t
+    targets, before = rollouts.input_ids[row, column].to(device), (packing.first[row] + column - 1).to(device)
     with autocast(device):
-        hidden = model.base_model(**packing.inputs(ids), use_cache=False).last_hidden_state[0]  # (N, H)
+        hidden = model.base_model(**packing.inputs(rollouts.input_ids), use_cache=False).last_hidden_state[0]  # (N, H)
         hidden = hidden.index_select(0, before)  # (tokens, H)
         hidden = hidden if TEMPERATURE == 1 else hidden / TEMPERATURE
         values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)
-    blank, place = torch.zeros(completion_mask.shape, device=device), (row.to(device), t.to(device))
+    blank, place = torch.zeros(rollouts.completion_mask.shape, device=device), (row.to(device), t.to(device))
     logps, entropy = (blank.index_put(place, value) for value in values)
     return logps, entropy if with_entropy else None
 
@@ -329,7 +327,10 @@ def completion_logps(model, rollouts, rows, with_entropy=False):
 
 @dataclass
 class Rollouts:
-    """Sampled completions, groups contiguous, on the CPU. The ids that were sampled are the ids that are trained on."""
+    """Sampled completions, groups contiguous, and what the steps of the algorithm add to them.
+
+    What was sampled is on the CPU, what is added on the policy's device. The ids that were sampled are trained on.
+    """
 
     prompts: list  # B rows of the data
     texts: list  # B completions as text, with what the prompt has begun of them, and without the end of sequence
@@ -339,10 +340,24 @@ class Rollouts:
     completion_mask: torch.Tensor  # (B, T) True up to and including the end of sequence
     sampled_logps: torch.Tensor  # (B, T) as the sampler saw them
     truncated: torch.Tensor  # (B,) True where MAX_COMPLETION_TOKENS came before the end of sequence
+    rewards: torch.Tensor = None  # (B,), or (B, T) where each token has its own
+    ref_logps: torch.Tensor = None  # (B, T) log π_ref, None without a KL term
+    old_logps: torch.Tensor = None  # (B, T) log π_old
+    advantages: torch.Tensor = None  # (B,), or (B, T)
 
     @property
     def lengths(self):
         return self.prompt_lengths + self.completion_lengths
+
+    def select(self, rows):
+        """The completions of these numbers, in that order, with every field. rows: on the CPU."""
+
+        def chosen(values):
+            if isinstance(values, torch.Tensor):
+                return values[rows.to(values.device)]
+            return None if values is None else [values[i] for i in rows.tolist()]
+
+        return Rollouts(**{name: chosen(values) for name, values in vars(self).items()})
 
 
 def join(parts):
@@ -486,7 +501,7 @@ class GRPOTrainer:
         self.rewards, self.eval_reward = Rewards(weights, self.reward_model), Rewards({EVAL_REWARD: 1.0})
 
         elsewhere = {self.ref_device, self.reward_device} - {self.policy_device}
-        self.worker = ThreadPoolExecutor(1) if elsewhere else None
+        self.worker = ThreadPoolExecutor(1) if elsewhere else InTurn()
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
@@ -494,7 +509,25 @@ class GRPOTrainer:
         self.metrics_history, self.samples, self.skipped = [], [], []
         self.run = None  # made by train(), so that a run that never started leaves nothing behind
 
-    # -- The steps of the algorithm
+    def train_step(self, step):
+        """One step (from 1), in the order of the docstring at the top. Returns its metrics."""
+        clock = Clock(self.policy_device, self.ref_device, self.reward_device)
+        self.set_learning_rate(self.learning_rate_at(step))
+        with clock("rollout"):
+            rollouts = self.generate_responses_with_group_sampling(step)
+        self.add_scores(rollouts, clock)
+        with clock("logps"):
+            gap = self.sampler_gap(rollouts)
+        rollouts.advantages = self.compute_advantages(rollouts)
+        with clock("update"):
+            updates = self.update_policy(rollouts, step)
+        with clock("log"):
+            metrics = {"step": step, "sampler_gap": gap} | self.metrics_of_step(step, rollouts, updates)
+            self.keep_samples(step, rollouts, metrics)
+            self.update_kl_coef(metrics["kl_divergence"])
+        return metrics | clock.metrics(metrics["completion_tokens"])
+
+    # -- 1. Sample
 
     def generate_responses_with_group_sampling(self, step):
         """GROUP_SIZE completions of each of the step's prompts from the policy as it is."""
@@ -518,6 +551,8 @@ class GRPOTrainer:
 
         return self.fits("sampling", SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE, sample_in_parts)
 
+    # -- 2. Score
+
     def compute_rewards(self, rollouts):
         """The weighted sum of REWARDS, (B,); where the reward model scores tokens (B, T), other rewards on the last."""
         rewards = torch.tensor(self.rewards(rollouts.prompts, rollouts.texts, rollouts))
@@ -526,15 +561,18 @@ class GRPOTrainer:
         token_rewards = self.rewards.weights["reward_model"] * self.reward_model.token_scores  # (B, T)
         return token_rewards + on_last_token(rewards - token_rewards.sum(1), rollouts)
 
+    def score(self, rollouts):
+        """The rewards that advantages are made of, (B,) or (B, T)."""
+        return self.compute_rewards(rollouts)
+
     @torch.no_grad()
-    def compute_log_probs(self, model, rollouts, rows=None):
-        """Log-probs of all completions, or of some rows, under a model: (rows, T) on its device."""
-        rows = torch.arange(len(rollouts.texts)) if rows is None else rows
+    def compute_log_probs(self, model, rollouts):
+        """Log-probs of all completions under a model: (B, T) on its device."""
 
         def compute(budget):
-            logps = torch.zeros(rollouts.completion_mask[rows].shape, device=model.device)
-            for part in micro_batches(rollouts.lengths[rows], budget):
-                logps[part.to(model.device)], _ = completion_logps(model, rollouts, rows[part])
+            logps = torch.zeros(rollouts.completion_mask.shape, device=model.device)
+            for part in micro_batches(rollouts.lengths, budget):
+                logps[part.to(model.device)], _ = completion_logps(model, rollouts.select(part))
             return logps
 
         return self.fits("log-probs", MICRO_BATCH_TOKENS, compute)
@@ -549,124 +587,121 @@ class GRPOTrainer:
             return rollouts.sampled_logps
         return self.compute_log_probs(self.policy, rollouts)
 
-    def sampler_gap(self, rollouts):
-        """Mean |log-prob at sampling − log-prob in training| of the last group's tokens, nats, before any update."""
-        rows = torch.arange(len(rollouts.texts))[-GROUP_SIZE:]
-        logps = self.compute_log_probs(self.policy, rollouts, rows).cpu()
-        return (rollouts.sampled_logps[rows] - logps)[rollouts.completion_mask[rows]].abs().mean().item()
+    def compute_ref_logps(self, rollouts):
+        """log π_ref, (B, T): of the reference model, or of the policy without its adapter; None without a KL term."""
+        if self.ref_model is not None:
+            return self.compute_log_probs(self.ref_model, rollouts)
+        if self.adapter is None or KL_COEF == 0 and not ADAPTIVE_KL:
+            return None
+        with self.adapter.disable_adapter():
+            return self.compute_log_probs(self.policy, rollouts)
 
-    def score(self, rollouts):
-        """Rewards (B,) and log-probs under the reference model (B, T), None without a KL term."""
-        rewards = self.compute_rewards(rollouts)
-        return rewards, None if self.ref_model is None else self.compute_log_probs(self.ref_model, rollouts)
+    def add_scores(self, rollouts, clock):
+        """Adds rewards, old_logps and ref_logps. Models on devices of their own work while the policy does."""
+        rewards = self.worker.submit(self.score, rollouts)
+        if self.ref_model is not None:
+            ref_logps = self.worker.submit(self.compute_ref_logps, rollouts)
+        else:  # the policy takes its turn
+            ref_logps = InTurn().submit(self.compute_ref_logps, rollouts)
+        with clock("logps"):
+            rollouts.old_logps = self.compute_old_logps(rollouts)
+        with clock("reward"):
+            rollouts.rewards = rewards.result().to(self.policy_device)
+        with clock("logps"):
+            ref_logps = ref_logps.result()
+            rollouts.ref_logps = None if ref_logps is None else ref_logps.to(self.policy_device)
 
-    def update(self, rollouts, rows, old_logps, ref_logps, advantages):
+    # -- 3. Advantages
+
+    def compute_advantages(self, rollouts):
+        """(B,), or (B, T) if each token has a reward of its own."""
+        if USE_SEQUENCE_LEVEL_REWARD:
+            return compute_relative_advantages(rollouts.rewards, GROUP_SIZE)
+        mask = rollouts.completion_mask.to(self.policy_device)
+        return compute_token_advantages(rollouts.rewards, mask, GROUP_SIZE)
+
+    # -- 4. Update
+
+    def update_policy(self, rollouts, step):
+        """GRPO_EPOCHS passes over the completions, of MINI_BATCHES optimizer steps each. Returns their stats."""
+        updates, in_loss = [], completions_in_loss(rollouts.truncated).nonzero().squeeze(1)
+        for epoch in range(GRPO_EPOCHS):
+            order = in_loss[torch.randperm(len(in_loss), generator=generator_of("mini-batches", step, epoch))]
+            updates += [self.update(rollouts.select(rows)) for rows in order.tensor_split(MINI_BATCHES) if len(rows)]
+        return updates
+
+    def update(self, batch):
         """One optimizer step on some completions. Returns the losses and the statistics of the ratio.
 
-        Completions that cannot move anything, without advantage where the loss has neither KL nor entropy, count in its
-        mean but do not go through the model. A loss or gradient that is not finite moves nothing: the step is skipped,
-        and counted by its grad_norm.
+        A loss or gradient that is not finite moves nothing: the step is skipped, and counted by its grad_norm.
         """
-        total = loss_weight(rollouts.completion_mask[rows])
-        if ref_logps is None and ENTROPY_COEF == 0:
-            moving = advantages.view(len(advantages), -1).any(1).cpu()[rows]
-            rows = rows[moving] if moving.any() else rows[:1]
-        batch = (rollouts, rows, total, old_logps, ref_logps, advantages)
-        logps, stats = self.fits("updates", MICRO_BATCH_TOKENS, lambda budget: self.compute_gradient(*batch, budget))
-        not_finite = 0.0 * sum(stats.values())  # NaN where a loss is not, else 0
-        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM) + not_finite
-        if stats["grad_norm"].isfinite():
+        logps, stats = self.fits("updates", MICRO_BATCH_TOKENS, lambda budget: self.compute_gradient(batch, budget))
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
+        finite = torch.stack([norm, *stats.values()]).isfinite().all()
+        stats["grad_norm"] = torch.where(finite, norm, math.nan)
+        if finite:
             self.optimizer.step()
-        mask, rows = rollouts.completion_mask[rows].to(self.policy_device), rows.to(self.policy_device)
-        stats |= compute_policy_loss(logps, old_logps[rows], advantages[rows], mask)[1]
-        if ref_logps is not None:
-            stats["kl_divergence"] = per_token(compute_kl(logps, ref_logps[rows]), mask)
+        moving = batch.select(rows_that_move(batch))
+        mask = moving.completion_mask.to(self.policy_device)
+        stats |= compute_policy_loss(logps, moving.old_logps, moving.advantages, mask)[1]
+        if batch.ref_logps is not None:
+            stats["kl_divergence"] = per_token(compute_kl(logps, moving.ref_logps), mask)
         return stats
 
-    def compute_gradient(self, rollouts, rows, total, old_logps, ref_logps, advantages, budget):
-        """The gradient of the loss over some completions, in micro-batches of at most budget tokens.
+    def compute_gradient(self, batch, budget):
+        """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
-        Each micro-batch counts by its share of total, the loss_weight of the whole, so that how it is split cannot
-        change the gradient. Returns logps (rows, T) without gradient, and the losses.
+        Each micro-batch counts by its share of the batch's loss_weight, so that how it is split cannot change the
+        gradient. Returns the logps of rows_that_move, (rows, T), without gradient, and the losses.
         """
-        mask = rollouts.completion_mask[rows].to(self.policy_device)
-        logps, stats = torch.zeros(mask.shape, device=self.policy_device), {}
+        moving, total = batch.select(rows_that_move(batch)), loss_weight(batch.completion_mask)
+        logps, stats = torch.zeros(moving.completion_mask.shape, device=self.policy_device), {}
         self.optimizer.zero_grad()
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
-        for part in micro_batches(rollouts.lengths[rows], budget):
-            chosen = rows[part]
-            share = loss_weight(rollouts.completion_mask[chosen]) / total
-            logps_part, entropy = completion_logps(self.policy, rollouts, chosen, with_entropy=ENTROPY_COEF > 0)
-            part, chosen = part.to(self.policy_device), chosen.to(self.policy_device)
-            losses = {
-                "policy_loss": compute_policy_loss(logps_part, old_logps[chosen], advantages[chosen], mask[part])[0]
-            }
+        for rows in micro_batches(moving.lengths, budget):
+            part = moving.select(rows)
+            mask, share = part.completion_mask.to(self.policy_device), loss_weight(part.completion_mask) / total
+            part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
+            losses = {"policy_loss": compute_policy_loss(part_logps, part.old_logps, part.advantages, mask)[0]}
             if ENTROPY_COEF > 0:
-                losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask[part])
-            if ref_logps is not None:
-                kl_loss = compute_kl_loss(logps_part, old_logps[chosen], ref_logps[chosen], mask[part])
+                losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask)
+            if part.ref_logps is not None:
+                kl_loss = compute_kl_loss(part_logps, part.old_logps, part.ref_logps, mask)
                 losses["kl_loss"] = self.kl_coef * kl_loss
             (share * sum(losses.values())).backward()
-            logps[part] = logps_part.detach()
+            logps[rows.to(self.policy_device)] = part_logps.detach()
             for name, loss in losses.items():
                 stats[name] = stats.get(name, 0.0) + share * loss.detach()
         self.policy.eval()
         return logps, stats
 
+    # -- 5. Adapt and log
+
     def update_kl_coef(self, mean_kl):
-        """Adapts the weight of the KL term for the next step."""
-        if ADAPTIVE_KL:
+        """Adapts the weight of the KL term for the next step. mean_kl: None without a KL term, or without an update."""
+        if ADAPTIVE_KL and mean_kl is not None:
             self.kl_coef = next_kl_coef(self.kl_coef, mean_kl)
 
-    def train_step(self, step):
-        """Rollouts, rewards, advantages and updates of one step (from 1). Returns its metrics."""
-        learning_rate = self.learning_rate_at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        times = [time.perf_counter()]
-        rollouts = self.generate_responses_with_group_sampling(step)
-        times.append(time.perf_counter())
-        if self.worker is None:
-            rewards, ref_logps = self.score(rollouts)
-            times.append(time.perf_counter())
-            old_logps = self.compute_old_logps(rollouts)
-        else:  # the reward and reference models work on their device while the policy works on its own
-            scores = self.worker.submit(self.score, rollouts)
-            old_logps = self.compute_old_logps(rollouts)
-            times.append(time.perf_counter())
-            rewards, ref_logps = scores.result()
-        rewards = rewards.to(self.policy_device)
-        if self.adapter is not None and (KL_COEF > 0 or ADAPTIVE_KL):
-            with self.adapter.disable_adapter():
-                ref_logps = self.compute_log_probs(self.policy, rollouts)
-        ref_logps = None if ref_logps is None else ref_logps.to(self.policy_device)
-        if USE_SEQUENCE_LEVEL_REWARD:
-            advantages = compute_relative_advantages(rewards, GROUP_SIZE)
-        else:
-            mask = rollouts.completion_mask.to(self.policy_device)
-            advantages = compute_token_advantages(rewards, mask, GROUP_SIZE)
-        gap = self.sampler_gap(rollouts)
-        times.append(time.perf_counter())
-        Run.interruptible = False  # from here to its end the step changes weights: a signal waits
-        updates, in_loss = [], completions_in_loss(rollouts.truncated).nonzero().squeeze(1)
-        for epoch in range(GRPO_EPOCHS):
-            order = in_loss[torch.randperm(len(in_loss), generator=generator_of("mini-batches", step, epoch))]
-            for rows in order.tensor_split(MINI_BATCHES):
-                if len(rows) > 0:
-                    updates.append(self.update(rollouts, rows, old_logps, ref_logps, advantages))
-        metrics = {"step": step, "learning_rate": learning_rate, "kl_coef": self.kl_coef, "sampler_gap": gap}
+    def metrics_of_step(self, step, rollouts, updates):
+        """What metrics.jsonl holds of a step's sampling, rewards and updates."""
+        metrics = {"learning_rate": self.learning_rate_at(step), "kl_coef": self.kl_coef}
         metrics |= self.sampling_metrics(rollouts) | self.rewards.report()
-        metrics |= step_metrics(rollouts, rewards, advantages, old_logps, updates, GROUP_SIZE)
-        times.append(time.perf_counter())
-        if metrics["kl_divergence"] is not None:
-            self.update_kl_coef(metrics["kl_divergence"])
+        return metrics | step_metrics(rollouts, updates, GROUP_SIZE)
+
+    def keep_samples(self, step, rollouts, metrics):
+        """Keeps what samples.jsonl shows of a step, and after a skipped update all completions for skipped.jsonl."""
         if SAMPLE_GROUPS > 0:
-            shown = torch.arange(len(rollouts.texts))[: SAMPLE_GROUPS * GROUP_SIZE]
-            new_logps = self.compute_log_probs(self.policy, rollouts, shown)
-            self.samples = samples_of(step, self.tokenizer, rollouts, rewards, advantages, old_logps, new_logps)
+            shown = rollouts.select(torch.arange(min(len(rollouts.texts), SAMPLE_GROUPS * GROUP_SIZE)))
+            new_logps = self.compute_log_probs(self.policy, shown)
+            self.samples = samples_of(step, self.tokenizer, shown, new_logps)
         if metrics["skipped_updates"]:
-            self.skipped = samples_of(step, self.tokenizer, rollouts, rewards, advantages, old_logps, old_logps)
-        return metrics | speed_metrics(times, metrics["completion_tokens"], self.policy_device)
+            self.skipped = samples_of(step, self.tokenizer, rollouts, rollouts.old_logps)
+
+    def sampler_gap(self, rollouts):
+        """Mean |log-prob at sampling − log-prob in training| of the last group's tokens, nats, before any update."""
+        last = rollouts.select(torch.arange(len(rollouts.texts))[-GROUP_SIZE:])
+        logps = self.compute_log_probs(self.policy, last).cpu()
+        return (last.sampled_logps - logps)[last.completion_mask].abs().mean().item()
 
     def sampling_metrics(self, rollouts):
         """The metrics of a step's sampling."""
@@ -688,6 +723,10 @@ class GRPOTrainer:
                 self.run.end_of_step(step, self.train_step(step))
         return self.metrics_history
 
+    def set_learning_rate(self, learning_rate):
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
     @staticmethod
     def learning_rate_at(step):
         """The learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE."""
@@ -704,6 +743,19 @@ class GRPOTrainer:
     def load_state(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
         self.kl_coef = state["kl_coef"]
+
+
+def rows_that_move(batch):
+    """Which completions of a batch can move the policy: without KL and entropy terms only those with an advantage.
+
+    The others count in the loss's mean, but need not go through the model. One stays if none has an advantage, so that
+    the gradient is zero rather than absent, and AdamW goes on.
+    """
+    every = torch.arange(len(batch.texts))
+    if batch.ref_logps is not None or ENTROPY_COEF > 0:
+        return every
+    moving = batch.advantages.view(len(every), -1).any(1).cpu()
+    return every[moving] if moving.any() else every[:1]
 
 
 def per_token(values, completion_mask):

@@ -1,5 +1,7 @@
 """What is measured: of a training step, of its samples, and on held-out prompts. Nothing here is trained on."""
 
+import contextlib
+import time
 from math import comb, isfinite, sqrt
 
 import torch
@@ -7,12 +9,13 @@ import torch
 from configs import InputError
 
 
-def step_metrics(rollouts, rewards, advantages, old_logps, updates, group_size):
+def step_metrics(rollouts, updates, group_size):
     """The metrics of a step; those of its updates by their mean, or by the least and greatest of a *_min and *_max.
 
-    rewards, advantages: (B,), or (B, T) where tokens have their own. updates: what each optimizer step returned.
-    Without any, where no completion was in the loss, there is no ratio and no gradient: None.
+    updates: what each optimizer step returned. Without any, where no completion was in the loss, there is no ratio and
+    no gradient: None.
     """
+    rewards, advantages, old_logps = rollouts.rewards, rollouts.advantages, rollouts.old_logps
     mask = rollouts.completion_mask.to(old_logps.device)
     totals = rewards.view(len(rewards), -1).sum(1)  # (B,)
     per_token = advantages.view(len(advantages), -1).expand(mask.shape).masked_fill(~mask, 0.0)  # (B, T)
@@ -42,21 +45,53 @@ def idle_clip(history):
     return min(metrics["ratio_min"] for metrics in steps), max(metrics["ratio_max"] for metrics in steps)
 
 
-def speed_metrics(times, tokens, device):
-    """Seconds of a step's four phases from the five times around them, tokens per second, and memory on the device."""
-    names = ("seconds_rollout", "seconds_reward", "seconds_logps", "seconds_update")
-    seconds = {name: times[i + 1] - times[i] for i, name in enumerate(names)}
-    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    return seconds | {"tokens_per_second": tokens / (times[-1] - times[0]), "peak_memory_gb": memory}
+class Clock:
+    """The seconds of a step by phase, which add up to it: `with clock("update"): ...` where the work is done.
+
+    devices: what a phase has asked of them is waited for at its end, so that its seconds are its own.
+    """
+
+    def __init__(self, *devices):
+        self.devices = [device for device in {*devices} if device.type == "cuda"]
+        self.memory_of = devices[0]
+        self.seconds = dict.fromkeys(("rollout", "reward", "logps", "update", "log"), 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, phase):
+        began = time.perf_counter()
+        yield
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+        self.seconds[phase] += time.perf_counter() - began
+
+    def metrics(self, tokens):
+        """Seconds per phase, tokens per second of the whole step, and the policy device's memory."""
+        on_gpu = self.memory_of.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self.memory_of) / 1e9 if on_gpu else None
+        speed = {"tokens_per_second": tokens / sum(self.seconds.values()), "peak_memory_gb": memory}
+        return {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()} | speed
 
 
-def samples_of(step, tokenizer, rollouts, rewards, advantages, old_logps, new_logps):
-    """What a reader wants to see of the first completions of a step, as many as new_logps has rows; a dict each.
+class InTurn:
+    """In place of a ThreadPoolExecutor, where all models share a device: work is done when its result is asked for."""
+
+    def __init__(self, work=None):
+        self.work = work
+
+    def submit(self, function, *arguments):
+        return InTurn(lambda: function(*arguments))
+
+    def result(self):
+        return self.work()
+
+
+def samples_of(step, tokenizer, rollouts, new_logps):
+    """What a reader wants to see of a step's completions, a dict each.
 
     logp_change: of each token, by how much the step's updates have moved its log-prob, nats.
     """
-    samples = []
-    for i, change in enumerate((new_logps - old_logps[: len(new_logps)]).tolist()):
+    samples, rewards, advantages = [], rollouts.rewards, rollouts.advantages
+    for i, change in enumerate((new_logps - rollouts.old_logps).tolist()):
         start, length = int(rollouts.prompt_lengths[i]), int(rollouts.completion_lengths[i])
         tokens = rollouts.input_ids[i, start : start + length].tolist()
         samples.append(

@@ -81,14 +81,14 @@ class Run:
     WANDB_PROJECT names a project.
     """
 
-    interruptible = False  # whether a signal may end the step at once: a trainer takes it back before its first update
-
     def __init__(self, trainer):
         if trainer.run is not None:
             raise InputError("this trainer has trained already; make a new one, with RESUME set to go on with its run")
         self.trainer, self.constants, self.algorithm = trainer, trainer.constants, trainer.constants.algorithm
         self.tensorboard = self.wandb_run = self.signal = self.saving = self.profiler = None
         self.steps_begun = 0
+        self.interruptible = False  # whether a signal may end the step at once: not after its first update
+        self.hook = trainer.optimizer.register_step_pre_hook(self._on_update)
         self.writer = ThreadPoolExecutor(1)  # of checkpoints
         self.complaints, self.unwritten, self.bad_updates = set(), {}, 0
         self.history = trainer.metrics_history
@@ -286,13 +286,17 @@ class Run:
                     self.handlers[number] = signal.signal(number, self._on_signal)
         return self
 
+    def _on_update(self, *_):
+        """Before each optimizer step: from the first one on a signal waits for the end of the training step."""
+        self.interruptible = False
+
     def _on_signal(self, number, _):
         if self.signal is not None:  # the second one: at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal = signal.Signals(number)
         tqdm.write(f"{self.signal.name}: stopping, with a checkpoint; once more stops at once, without")
-        if Run.interruptible:
+        if self.interruptible:
             raise Stopped
 
     def steps(self):
@@ -311,7 +315,7 @@ class Run:
         self.bar.update(self.done - self.bar.n)
         for step in range(self.done + 1, constants.MAX_STEPS + 1):
             self._profile(step)
-            self.in_step = Run.interruptible = True
+            self.in_step = self.interruptible = True
             yield step
 
     def _profile(self, step):
@@ -339,16 +343,16 @@ class Run:
     def end_of_step(self, step, metrics):
         """Evaluates, logs, saves and draws, as far as it is due. metrics: of the step, added to."""
         constants = self.constants
-        self.in_step = Run.interruptible = False
+        self.in_step = self.interruptible = False
         self.done, self.pending, self.state = step, metrics, self.trainer.state()
         last, every = step == constants.MAX_STEPS, constants.EVAL_EVERY
         evaluating = step == 0 or last or (every > 0 and step % every == 0)
         if self.signal:
             raise Stopped
         if evaluating:
-            Run.interruptible = True
+            self.interruptible = True
             self.after, texts = evaluate(self.trainer, constants)
-            Run.interruptible = False
+            self.interruptible = False
             metrics |= self.after
             if step == 0:
                 self.before, self.texts_before = self.after, texts[:3]
@@ -500,8 +504,8 @@ class Run:
 
     def __exit__(self, kind, error, _):
         stopped, step = kind is Stopped, self.done + self.in_step
-        can_save = not self.in_step or Run.interruptible  # the weights are those between two steps
-        Run.interruptible = False
+        can_save = not self.in_step or self.interruptible  # the weights are those between two steps
+        self.interruptible = False
         try:
             if stopped or (kind and issubclass(kind, Exception)):
                 saved = can_save and self._finish_saving() and self.checkpoint() and self._finish_saving()
@@ -527,6 +531,7 @@ class Run:
 
     def _close(self):
         self.writer.shutdown()
+        self.hook.remove()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if getattr(self, "bar", None):
@@ -570,7 +575,7 @@ class Run:
         for row, old, new in zip(self.trainer.eval_rows, self.texts_before, texts_after, strict=False):
             prompt, answer = _brief(row["prompt"]), _brief(row["answer"])
             print(f"  {prompt!r} (answer {answer})\n    before {old!r}\n    after  {new!r}")
-        names = ("seconds_rollout", "seconds_reward", "seconds_logps", "seconds_update")
+        names = [name for name in self.history[-1] if name.startswith("seconds_")]
         spent = {name.removeprefix("seconds_"): sum(row.get(name, 0.0) for row in self.history) for name in names}
         shares = ", ".join(f"{name} {seconds / sum(spent.values()):.0%}" for name, seconds in spent.items())
         print(f"Time:    {sum(spent.values()):.0f} s in {len(self.history) - 1} steps: {shares}")

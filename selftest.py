@@ -24,7 +24,7 @@ def selftest(trainer):
     mask = rollouts.completion_mask
     old_logps = trainer.compute_log_probs(trainer.policy, rollouts).cpu()
     with torch.no_grad():
-        alone = [trainer.compute_log_probs(trainer.policy, rollouts, row[None])[0].cpu() for row in every]
+        alone = [trainer.compute_log_probs(trainer.policy, rollouts.select(row[None]))[0].cpu() for row in every]
 
     lines = [("first prompt, as the model sees it", repr(rows[0]["prompt_text"]), None)]  # for the reader to judge
     lines.append(("first completion", repr(rollouts.texts[0]), None))
@@ -69,8 +69,9 @@ def update_lines(trainer, constants, rollouts, old_logps, tolerance):
     advantages = torch.ones(len(rollouts.texts), device=trainer.policy_device)
     advantages[::2] = -1.0  # whatever the rewards are, there is something to learn
     before = [parameter.detach().clone() for parameter in trainer.trained]
-    ref_logps = None if constants.KL_COEF == 0 else old_logps
-    stats = trainer.update(rollouts, torch.arange(len(rollouts.texts)), old_logps, ref_logps, advantages)
+    rollouts.old_logps, rollouts.advantages = old_logps, advantages
+    rollouts.ref_logps = None if constants.KL_COEF == 0 else old_logps
+    stats = trainer.update(rollouts)
     low, high = stats["ratio_min"].item(), stats["ratio_max"].item()
     lines = [("ratio before the first update", f"{low:.6f} to {high:.6f}", abs(low - 1) < tolerance > abs(high - 1))]
     norm = stats["grad_norm"].item()

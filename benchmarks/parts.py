@@ -66,8 +66,10 @@ def works_of(workload):
         with contextlib.redirect_stdout(sys.stderr):  # not between the lines of the table
             trainer = grpo.GRPOTrainer()
     rollouts = trainer.generate_responses_with_group_sampling(1)
-    ref_logps, old_logps = trainer.compute_log_probs(trainer.ref_model, rollouts), trainer.compute_old_logps(rollouts)
-    advantages = torch.randn(len(rollouts.texts), generator=grpo.generator_of("parts")).to(trainer.policy_device)
+    rollouts.ref_logps, rollouts.old_logps = trainer.compute_ref_logps(rollouts), trainer.compute_old_logps(rollouts)
+    rollouts.advantages = torch.randn(len(rollouts.texts), generator=grpo.generator_of("parts")).to(
+        trainer.policy_device
+    )
     mini_batches = torch.randperm(len(rollouts.texts), generator=grpo.generator_of("parts")).tensor_split(4)
 
     def pairs_of(rollouts, rows):
@@ -75,7 +77,7 @@ def works_of(workload):
 
     def update(number):
         rows = mini_batches[number % 4]
-        trainer.update(rollouts, rows, old_logps, ref_logps, advantages)
+        trainer.update(rollouts.select(rows))
         return pairs_of(rollouts, rows)
 
     def rollout(number):

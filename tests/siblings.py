@@ -18,8 +18,7 @@ OWN = ("docstring", "Constants", "Algorithm")
 EXEMPTIONS = {
     "grpo": {},
     "dapo": {
-        "Rollouts": "completions carry their task reward, and whether an earlier policy sampled them",
-        "Rollouts.group": "dynamic sampling keeps and drops groups one by one",
+        "Rollouts": "completions carry whether an earlier policy sampled them",
         "DAPOTrainer": "dynamic sampling has a state: surplus groups, and how many rounds there were",
         "DAPOTrainer.generate_responses_with_group_sampling": "dynamic sampling: drops dead groups and refills",
         "DAPOTrainer.compute_old_logps": "of a surplus group, π_old is the policy of the step that sampled it",

@@ -24,6 +24,10 @@ def rewards_from(answers):
 RIGHT, WRONG, MIXED = [1.0] * 4, [0.0] * 4, [1.0, 0.0, 0.0, 1.0]
 
 
+def group_of(rollouts, number):
+    return rollouts.select(torch.arange(4) + 4 * number)
+
+
 def test_dead_groups_are_dropped_the_batch_is_refilled_and_surplus_opens_the_next(small, monkeypatch):
     sampled, trainer = [], small.DAPOTrainer()
     sample_completions = dapo.sample_completions
@@ -32,7 +36,7 @@ def test_dead_groups_are_dropped_the_batch_is_refilled_and_surplus_opens_the_nex
     trainer.compute_rewards = rewards_from([group for groups in rounds for group in groups])
     first, second = (trainer.generate_responses_with_group_sampling(step) for step in (1, 2))
     alive = [
-        rollouts.group(number)
+        group_of(rollouts, number)
         for rollouts, groups in zip(sampled, rounds, strict=True)
         for number, group in enumerate(groups)
         if group is MIXED
@@ -52,10 +56,10 @@ def test_completions_survive_being_taken_apart_and_joined(small):
     small.DYNAMIC_SAMPLING = False
     rollouts = trainer.generate_responses_with_group_sampling(1)
     longer = trainer.generate_responses_with_group_sampling(2)
-    joined = dapo.join([rollouts.group(2), longer.group(1)])
+    joined = dapo.join([group_of(rollouts, 2), group_of(longer, 1)])
     for batch, number, place in ((rollouts, 2, 0), (longer, 1, 4)):
         for i in range(4):
-            there, here = batch.group(number), joined
+            there, here = group_of(batch, number), joined
             n, p = int(there.completion_lengths[i]), int(there.prompt_lengths[i])
             assert int(here.completion_lengths[place + i]) == n == int(here.completion_mask[place + i].sum())
             assert here.completion_mask[place + i, :n].all()
@@ -140,11 +144,11 @@ def test_the_penalty_comes_on_top_of_the_task_reward_and_cannot_revive_a_dead_gr
     trainer.compute_rewards = rewards_from([WRONG, RIGHT, WRONG, RIGHT, MIXED, MIXED, MIXED, MIXED])
     rollouts = trainer.generate_responses_with_group_sampling(1)
     assert (rollouts.rewards.view(-1, 4) == torch.tensor(MIXED)).all()
-    rewards, ref_logps = trainer.score(rollouts)
+    rewards = trainer.score(rollouts)
     expected = [
         r - min(max(n - 2, 0), 6) / 6 for r, n in zip(MIXED * 4, rollouts.completion_lengths.tolist(), strict=True)
     ]
-    assert rewards.tolist() == pytest.approx(expected) and ref_logps is None
+    assert rewards.tolist() == pytest.approx(expected) and trainer.compute_ref_logps(rollouts) is None
     dropped = trainer.drawn[0].completion_lengths.view(4, 4)
     assert (dropped.amax(1) != dropped.amin(1)).any()  # the penalty alone would have told them apart
 
@@ -154,13 +158,21 @@ def test_the_filter_leaves_truncated_completions_out_of_the_loss(small, monkeypa
     small.MAX_COMPLETION_TOKENS, small.OVERLONG_FILTER, small.BATCH_SIZE = 12, filtered, 8
     trainer, updated = small.DAPOTrainer(), []
     update = trainer.update
-    monkeypatch.setattr(trainer, "update", lambda r, rows, *a: (updated.append((r, rows)), update(r, rows, *a))[1])
+    monkeypatch.setattr(trainer, "update", lambda batch: (updated.append(batch), update(batch))[1])
+    generate, generated = trainer.generate_responses_with_group_sampling, []
+    monkeypatch.setattr(
+        trainer,
+        "generate_responses_with_group_sampling",
+        lambda step: (generated.append(generate(step)), generated[0])[1],
+    )
     trainer.train_step(1)
-    rollouts = updated[0][0]
-    seen = torch.cat([rows for _, rows in updated]).sort().values
+    (rollouts,) = generated
     assert 0 < rollouts.truncated.sum() < len(rollouts.texts)
-    kept = ~rollouts.truncated if filtered else torch.ones_like(rollouts.truncated)
-    assert seen.tolist() == kept.nonzero().squeeze(1).tolist()  # and all others, once
+    kept = rollouts.select(
+        (~rollouts.truncated if filtered else torch.ones_like(rollouts.truncated)).nonzero().squeeze(1)
+    )
+    seen = [ids.tolist() for batch in updated for ids in batch.input_ids]
+    assert sorted(seen) == sorted(kept.input_ids.tolist())  # and all others, once
 
 
 @pytest.mark.drawn

@@ -257,9 +257,10 @@ def test_two_steps_on_rows_of_gsm8k_itself(model_folder, tmp_path, script):
 def gradient_of_an_update(trainer):
     trainer.optimizer.step = lambda: None
     rollouts = trainer.generate_responses_with_group_sampling(1)
-    old_logps = trainer.compute_old_logps(rollouts)
-    advantages = torch.randn(len(rollouts.texts), generator=torch.Generator().manual_seed(0))
-    trainer.update(rollouts, torch.arange(len(rollouts.texts)), old_logps, old_logps - 0.1, advantages)
+    rollouts.old_logps = trainer.compute_old_logps(rollouts)
+    rollouts.ref_logps = rollouts.old_logps - 0.1
+    rollouts.advantages = torch.randn(len(rollouts.texts), generator=torch.Generator().manual_seed(0))
+    trainer.update(rollouts)
     return torch.cat([parameter.grad.flatten() for parameter in trainer.trained])
 
 
@@ -432,11 +433,11 @@ def test_the_loss_moves_each_token_by_its_own_advantage(model_folder, gsm8k_file
     rollouts = trainer.generate_responses_with_group_sampling(1)
     mask = rollouts.completion_mask
     advantages = gspo.compute_token_advantages(trainer.compute_rewards(rollouts), mask, 4)
-    every, old_logps = torch.arange(len(mask)), trainer.compute_old_logps(rollouts)
-    trainer.update(rollouts, every, old_logps, None, advantages)
+    rollouts.old_logps, rollouts.advantages = trainer.compute_old_logps(rollouts), advantages
+    trainer.update(rollouts)
     found = [parameter.grad.clone() for parameter in trainer.trained]
-    logps, _ = gspo.completion_logps(trainer.policy, rollouts, every)
-    naive = -sum((advantages[i] * logps[i])[mask[i]].mean() for i in every) / len(mask)
+    logps, _ = gspo.completion_logps(trainer.policy, rollouts)
+    naive = -sum((advantages[i] * logps[i])[mask[i]].mean() for i in range(len(mask))) / len(mask)
     for one, other in zip(found, torch.autograd.grad(naive, trainer.trained), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 

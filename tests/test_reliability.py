@@ -569,14 +569,16 @@ def test_ten_steps_without_a_signal_are_said_once_and_the_clip_is_not_blamed(tmp
 def test_a_signal_ends_the_run_with_a_checkpoint(
     tmp_path, whole, monkeypatch, capsys, script, moment, number, code, saved
 ):
-    trainer, steps = set_up(script, tmp_path), []
+    trainer, steps, updates = set_up(script, tmp_path), [], []
     train_step = trainer.train_step
     trainer.train_step = lambda step: steps.append(step) or train_step(step)
     owner = runs if moment == "evaluate" else trainer
     original = getattr(owner, moment)
 
     def interrupted(*arguments, **options):
-        if steps and steps[-1] == (3 if moment == "evaluate" else 2) and not trainer.run.signal:
+        now = bool(steps) and steps[-1] == (3 if moment == "evaluate" else 2) and not trainer.run.signal
+        updates.extend([1] if now else [])
+        if now and (moment != "update" or len(updates) == 2):  # between two updates: the step is ended first
             os.kill(os.getpid(), number)
         return original(*arguments, **options)
 
@@ -592,8 +594,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
     trainer = set_up(gspo, tmp_path)
+    update = trainer.update
 
-    def hang(*_):
+    def hang(batch):
+        update(batch)  # from here on a signal waits
         os.kill(os.getpid(), signal.SIGTERM)
         print("waits", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -846,10 +850,10 @@ def test_where_memory_runs_out_less_goes_through_at_once_with_the_same_result(tm
         trainer = set_up(script, tmp_path, MICRO_BATCH_TOKENS=2000, SAMPLE_GROUPS=0, TENSORBOARD=False)
         completion_logps, sample_completions = script.completion_logps, script.sample_completions
 
-        def in_memory(model, rollouts, rows, *a, most=most, completion_logps=completion_logps, **k):
-            if len(rows) > 1 and int(rollouts.lengths[rows].sum()) > most:
+        def in_memory(model, rollouts, most=most, completion_logps=completion_logps, **k):
+            if len(rollouts.texts) > 1 and int(rollouts.lengths.sum()) > most:
                 raise torch.OutOfMemoryError("no room")
-            return completion_logps(model, rollouts, rows, *a, **k)
+            return completion_logps(model, rollouts, **k)
 
         def in_memory_too(*a, most=most, sample_completions=sample_completions):
             if len(a[3]) * a[4] > most / 25:

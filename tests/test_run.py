@@ -23,7 +23,7 @@ METRICS = (
     "step policy_loss entropy_loss kl_loss reward relative_advantage kl_divergence kl_coef avg_response_length "
     "reward_std entropy clip_fraction ratio_mean ratio_min ratio_max grad_norm dead_groups truncated sampler_gap "
     "learning_rate completion_tokens tokens_per_second seconds_rollout seconds_reward seconds_logps "
-    "seconds_update peak_memory_gb"
+    "seconds_update seconds_log peak_memory_gb"
 ).split()
 
 
@@ -89,10 +89,27 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
     out = capsys.readouterr().out
     assert f"{rows[0]['eval_accuracy']:.3f} before, {rows[2]['eval_accuracy']:.3f} after" in out
     assert str(folder / "metrics.png") in out and out.count("    before ") == out.count("    after ") == 3
-    parts = ("rollout", "reward", "logps", "update")
+    parts = ("rollout", "reward", "logps", "update", "log")
     seconds = [sum(row[f"seconds_{part}"] for row in rows[1:]) for part in parts]
     shares = re.search(" s in 2 steps: " + ", ".join(rf"{part} (\d+)%" for part in parts), out).groups()
     assert [float(share) for share in shares] == pytest.approx([100 * s / sum(seconds) for s in seconds], abs=0.5)
+
+
+def test_each_phase_is_timed_where_its_work_is_done_and_nothing_is_left_out(small, monkeypatch):
+    """By a clock that moves with the work alone: the passes of reference, sampler_gap and samples.jsonl are 4 s each."""
+    trainer, now = small.GSPOTrainer(), [0.0]
+    for name, seconds in {"sample": 1, "compute_rewards": 2, "compute_log_probs": 4, "update": 8}.items():
+
+        def timed(*arguments, work=getattr(trainer, name), seconds=seconds, **options):
+            now[0] += seconds
+            return work(*arguments, **options)
+
+        monkeypatch.setattr(trainer, name, timed)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    metrics = trainer.train_step(1)
+    phases = ("rollout", "reward", "logps", "update", "log")
+    assert [metrics[f"seconds_{phase}"] for phase in phases] == [1, 2, 4 + 4, 8 * small.MINI_BATCHES, 4]
+    assert metrics["tokens_per_second"] == metrics["completion_tokens"] / now[0]
 
 
 def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small_script):
@@ -112,10 +129,10 @@ def trainer_with_rollouts(small_script):
     trainer = trainer_of(small_script)
     trainer.optimizer.step = lambda: None  # look at the gradient, stay where we are
     rollouts = trainer.generate_responses_with_group_sampling(1)
-    old_logps = trainer.compute_old_logps(rollouts) + 0.05
-    ref_logps = trainer.compute_log_probs(trainer.ref_model, rollouts) - 0.1
-    advantages = torch.randn(len(rollouts.texts), generator=torch.Generator().manual_seed(0))
-    return small_script, trainer, (rollouts, torch.arange(len(rollouts.texts)), old_logps, ref_logps, advantages)
+    rollouts.old_logps = trainer.compute_old_logps(rollouts) + 0.05
+    rollouts.ref_logps = trainer.compute_ref_logps(rollouts) - 0.1
+    rollouts.advantages = torch.randn(len(rollouts.texts), generator=torch.Generator().manual_seed(0))
+    return small_script, trainer, rollouts
 
 
 def gradient(trainer):
@@ -134,7 +151,7 @@ def test_how_a_batch_is_split_cannot_change_loss_or_gradient(trainer_with_rollou
     results = []
     for budget in (100_000, 200, 1):
         script.MICRO_BATCH_TOKENS = budget
-        stats = trainer.update(*batch)
+        stats = trainer.update(batch)
         results.append((stats, gradient(trainer)))
     for stats, grad in results[1:]:
         torch.testing.assert_close(grad, results[0][1], rtol=1e-3, atol=1e-6)
@@ -144,12 +161,13 @@ def test_how_a_batch_is_split_cannot_change_loss_or_gradient(trainer_with_rollou
 
 def test_an_update_takes_the_gradient_of_the_documented_loss(trainer_with_rollouts):
     """loss = −J + kl_coef · mean k3 − ENTROPY_COEF · mean entropy, computed here from whole logits, a row at a time."""
-    script, trainer, (rollouts, rows, old_logps, ref_logps, advantages) = trainer_with_rollouts
+    script, trainer, rollouts = trainer_with_rollouts
+    old_logps, ref_logps, advantages = rollouts.old_logps, rollouts.ref_logps, rollouts.advantages
     script.ENTROPY_COEF, trainer.kl_coef = 0.3, 0.7
-    stats = trainer.update(rollouts, rows, old_logps, ref_logps, advantages)
+    stats = trainer.update(rollouts)
     grad = gradient(trainer)
     logps, k3, entropy = torch.zeros(rollouts.completion_mask.shape), [], []
-    for i in rows.tolist():
+    for i in range(len(rollouts.texts)):
         start, end = int(rollouts.prompt_lengths[i]), int(rollouts.lengths[i])
         ids, n = rollouts.input_ids[i : i + 1, :end], end - start
         log_probs = trainer.policy(ids).logits[0, start - 1 : end - 1].log_softmax(-1)
@@ -339,7 +357,7 @@ def test_on_another_device_rewards_and_reference_overlap_the_policys_own_pass(sm
     )
     monkeypatch.setattr(small.GSPOTrainer, "sampler_gap", lambda self, rollouts: 0.0)  # a third pass, after both
     trainer = small.GSPOTrainer()
-    assert trainer.worker is None  # one device: in turn
+    assert not isinstance(trainer.worker, ThreadPoolExecutor)  # one device: in turn
     expected = trainer.train_step(1)
     trainer = small.GSPOTrainer()
     trainer.worker = ThreadPoolExecutor(1)

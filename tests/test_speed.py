@@ -79,19 +79,20 @@ def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_scri
     trainer = trainer_of(script)
     trainer.optimizer.step = lambda: None
     rollouts = trainer.generate_responses_with_group_sampling(1)
-    rows, old_logps = torch.arange(len(rollouts.texts)), trainer.compute_old_logps(rollouts) + 0.05
-    advantages = torch.zeros(len(rows))
+    old_logps, advantages = trainer.compute_old_logps(rollouts) + 0.05, torch.zeros(len(rollouts.texts))
     advantages[4:8] = torch.tensor([1.0, -1.0, 0.5, -0.5])  # one of four groups
     passes = Passes(trainer.policy)
-    stats = trainer.update(rollouts, rows, old_logps, None, advantages)
+    rollouts.old_logps, rollouts.advantages = old_logps, advantages
+    stats = trainer.update(rollouts)
     assert passes.tokens(True) == int((rollouts.lengths[4:8] - 1).sum())
     found = [parameter.grad.clone() for parameter in trainer.trained]
-    logps, _ = script.completion_logps(trainer.policy, rollouts, rows)  # all of them, dead or not
+    logps, _ = script.completion_logps(trainer.policy, rollouts)  # all of them, dead or not
     loss, _ = script.compute_policy_loss(logps, old_logps, advantages, rollouts.completion_mask)
     torch.testing.assert_close(stats["policy_loss"], loss.detach(), rtol=1e-4, atol=1e-6)
     for one, other in zip(found, torch.autograd.grad(loss, trainer.trained), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
-    assert trainer.update(rollouts, rows, old_logps, None, advantages * 0)["policy_loss"] == 0
+    rollouts.advantages = advantages * 0
+    assert trainer.update(rollouts)["policy_loss"] == 0
 
 
 @pytest.mark.parametrize("every", [1, 16])
