@@ -92,6 +92,11 @@ def one_line_errors():
         sys.exit(2)
 
 
+def is_run():
+    """Whether the program that runs is one of the scripts, rather than something that imports one."""
+    return Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent == HERE
+
+
 def _open_streams():
     """Opens standard streams that are closed, as a daemon may have them, on nothing.
 

@@ -534,7 +534,7 @@ class GRPOTrainer:
         return self.sample(prompts_of_step(self.train_rows, step), GROUP_SIZE, ("rollout", step))
 
     def sample(self, rows, group_size, purpose, greedy=False):
-        """group_size completions of each row's prompt, as many at once as SAMPLED_AT_ONCE says.
+        """group_size completions of each row's prompt, as many at once as SAMPLED_AT_ONCE says, be it part of a group.
 
         Randomness depends on SEED, purpose and the place of each completion, not on how many are sampled at once.
         """
@@ -542,11 +542,16 @@ class GRPOTrainer:
         uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator_of(*purpose))
 
         def sample_in_parts(at_once):
-            parts, size = [], max(1, at_once // group_size)
-            for i in range(0, len(rows), size):
-                chosen = None if greedy else uniform[i * group_size : (i + size) * group_size]
-                part = (rows[i : i + size], group_size, chosen)
-                parts.append(sample_completions(self.policy, self.tokenizer, self.eos_ids, *part))
+            parts, prompts, most = [], max(1, at_once // group_size), min(at_once, group_size)
+            for i in range(0, len(rows), prompts):
+                for first in range(0, group_size, most):
+                    size, chosen = min(most, group_size - first), None
+                    if not greedy:
+                        chosen = uniform.view(len(rows), group_size, -1)[i : i + prompts, first : first + size].flatten(
+                            0, 1
+                        )
+                    part = (rows[i : i + prompts], size, chosen)
+                    parts.append(sample_completions(self.policy, self.tokenizer, self.eos_ids, *part))
             return parts[0] if len(parts) == 1 else join(parts)
 
         return self.fits("sampling", SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE, sample_in_parts)

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 import attention
 from answers import marked_answers
-from configs import InputError, check_size, find_model, find_path, is_hub_id, one_line_errors
+from configs import InputError, check_size, find_model, find_path, is_hub_id, is_run, one_line_errors
 from metrics import check_right
 
-with one_line_errors():
+# In one line where a script is run; where it is imported, as into a notebook, the exception itself.
+with one_line_errors() if is_run() else contextlib.nullcontext():
     try:
         from rewards import OF_ANSWERS, Rewards, check_answers, check_rules
     except SyntaxError as error:  # in the file that people edit; the scripts import it after this one

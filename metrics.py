@@ -142,6 +142,7 @@ def evaluate(trainer, constants):
     sampled = trainer.sample(rows, samples, ("evaluation",))
     greedy = trainer.sample(rows, 1, ("evaluation",), greedy=True)
     right, right_greedy = (trainer.eval_reward(some.prompts, some.texts) for some in (sampled, greedy))
+    trainer.eval_reward.report()  # which nobody logs, but which would keep all scores of the run
     check_right(right + right_greedy, constants.EVAL_REWARD)
     metrics = accuracy_metrics(right, samples, constants.PASS_AT)
     return metrics | {"eval_accuracy_greedy": sum(right_greedy) / len(right_greedy)}, greedy.texts

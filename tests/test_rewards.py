@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -275,23 +276,36 @@ def test_a_rule_that_scores_some_completions_is_not_refused(tmp_path):
     rewards.check_rules({"rule"}, [row()], tmp_path / "rules.py")
 
 
-def test_a_syntax_error_in_the_rules_is_one_line(tmp_path):
+def test_a_syntax_error_in_the_rules_is_one_line_of_a_run_and_an_exception_of_an_import(tmp_path):
     for path in configs.HERE.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
     (tmp_path / "rewards.py").write_text("def rule(prompt, completion, row)\n    return 1.0\n")
 
-    def work():
+    def begin():
         for name, module in list(sys.modules.items()):
             if Path(getattr(module, "__file__", None) or "/").parent == configs.HERE:
                 del sys.modules[name]  # to be found in the folder instead
         sys.path.insert(0, str(tmp_path))
+
+    def run_it():
+        begin()
         sys.argv = [str(tmp_path / "gspo.py"), "--help"]
         runpy.run_path(sys.argv[0], run_name="__main__")
 
-    run = Forked(work, tmp_path)
-    out, err = run.communicate(timeout=60)
-    assert run.returncode == 2 and out == ""
-    assert err == f"gspo.py: error: {tmp_path}/rewards.py, line 1: expected ':'; mend it there\n"
+    def import_it():
+        begin()
+        try:
+            importlib.import_module("gspo")
+        except Exception as error:  # which a SystemExit, the end of a notebook's kernel, is not
+            print(type(error).__name__, error)
+
+    line = f"{tmp_path}/rewards.py, line 1: expected ':'; mend it there\n"
+    for work, code, printed in (
+        (run_it, 2, ("", f"gspo.py: error: {line}")),
+        (import_it, 0, (f"InputError {line}", "")),
+    ):
+        run = Forked(work, tmp_path)
+        assert run.communicate(timeout=60) == printed and run.returncode == code
 
 
 def test_a_reward_model_that_returns_nan_is_a_failure_like_any_other():

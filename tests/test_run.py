@@ -95,16 +95,42 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
     assert [float(share) for share in shares] == pytest.approx([100 * s / sum(seconds) for s in seconds], abs=0.5)
 
 
-def test_each_phase_is_timed_where_its_work_is_done_and_nothing_is_left_out(small, monkeypatch):
-    """By a clock that moves with the work alone: the passes of reference, sampler_gap and samples.jsonl are 4 s each."""
-    trainer, now = small.GSPOTrainer(), [0.0]
-    for name, seconds in {"sample": 1, "compute_rewards": 2, "compute_log_probs": 4, "update": 8}.items():
+def test_a_part_of_a_group_is_sampled_at_once_if_no_more_fits_with_the_same_completions(small, monkeypatch):
+    trainer, sizes, sample_completions = small.GSPOTrainer(), [], gspo.sample_completions
+    expected = trainer.generate_responses_with_group_sampling(1)
 
-        def timed(*arguments, work=getattr(trainer, name), seconds=seconds, **options):
+    def counted(*arguments):
+        sizes.append(len(arguments[3]) * arguments[4])
+        return sample_completions(*arguments)
+
+    monkeypatch.setattr(gspo, "sample_completions", counted)
+    for small.SAMPLED_AT_ONCE in (1, 3):
+        sizes.clear()
+        found = trainer.generate_responses_with_group_sampling(1)
+        assert max(sizes) == small.SAMPLED_AT_ONCE and sum(sizes) == 16
+        assert found.texts == expected.texts and found.prompts == expected.prompts
+
+
+def test_scores_of_evaluations_do_not_pile_up(small):
+    trainer = small.GSPOTrainer()
+    for _ in range(2):
+        runs.evaluate(trainer, trainer.constants)
+    assert trainer.eval_reward.scored == {"exact_match": []} and trainer.eval_reward.failures == []
+
+
+def test_each_phase_is_timed_where_its_work_is_done_and_nothing_is_left_out(small, monkeypatch):
+    """By a clock that moves with the work alone; a pass for reference, sampler_gap or samples.jsonl takes 4 s."""
+    trainer, now = small.GSPOTrainer(), [0.0]
+
+    def timed(seconds, work):
+        def working(*arguments, **options):
             now[0] += seconds
             return work(*arguments, **options)
 
-        monkeypatch.setattr(trainer, name, timed)
+        return working
+
+    for name, seconds in {"sample": 1, "compute_rewards": 2, "compute_log_probs": 4, "update": 8}.items():
+        monkeypatch.setattr(trainer, name, timed(seconds, getattr(trainer, name)))
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     metrics = trainer.train_step(1)
     phases = ("rollout", "reward", "logps", "update", "log")
