@@ -656,7 +656,9 @@ class GSPOTrainer:
     def update(self, batch):
         """One optimizer step on some completions. Returns the losses and the statistics of the ratio.
 
-        A loss or gradient that is not finite moves nothing: the step is skipped, and counted by its grad_norm.
+        The statistics are those of all completions of the batch, whatever else the loss has: a completion without an
+        advantage, whose ratio moves nothing, counts with a ratio of 1. A loss or gradient that is not finite moves
+        nothing: the step is skipped, and counted by its grad_norm.
         """
         logps, stats = self.fits("updates", MICRO_BATCH_TOKENS, lambda budget: self.compute_gradient(batch, budget))
         norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
@@ -664,21 +666,22 @@ class GSPOTrainer:
         stats["grad_norm"] = torch.where(finite, norm, math.nan)
         if finite:
             self.optimizer.step()
-        moving = batch.select(rows_that_move(batch))
-        mask = moving.completion_mask.to(self.policy_device)
-        stats |= compute_policy_loss(logps, moving.old_logps, moving.advantages, mask)[1]
+        mask = batch.completion_mask.to(self.policy_device)
+        with_advantage = batch.advantages.view(len(mask), -1).any(1, keepdim=True)
+        of_ratio = torch.where(with_advantage, logps, batch.old_logps)
+        stats |= compute_policy_loss(of_ratio, batch.old_logps, batch.advantages, mask)[1]
         if batch.ref_logps is not None:
-            stats["kl_divergence"] = per_token(compute_kl(logps, moving.ref_logps), mask)
+            stats["kl_divergence"] = per_token(compute_kl(logps, batch.ref_logps), mask)
         return stats
 
     def compute_gradient(self, batch, budget):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
         Each micro-batch counts by its share of the batch's loss_weight, so that how it is split cannot change the
-        gradient. Returns the logps of rows_that_move, (rows, T), without gradient, and the losses.
+        gradient. Returns logps (B, T) without gradient, old_logps where rows need not go through the model; the losses.
         """
-        moving, total = batch.select(rows_that_move(batch)), loss_weight(batch.completion_mask)
-        logps, stats = torch.zeros(moving.completion_mask.shape, device=self.policy_device), {}
+        chosen, total = rows_that_move(batch), loss_weight(batch.completion_mask)
+        moving, logps, stats = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True), {}
         self.optimizer.zero_grad()
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
         for rows in micro_batches(moving.lengths, budget):
@@ -692,7 +695,7 @@ class GSPOTrainer:
                 kl_loss = compute_kl_loss(part_logps, part.old_logps, part.ref_logps, mask)
                 losses["kl_loss"] = self.kl_coef * kl_loss
             (share * sum(losses.values())).backward()
-            logps[rows.to(self.policy_device)] = part_logps.detach()
+            logps[chosen[rows].to(self.policy_device)] = part_logps.detach()
             for name, loss in losses.items():
                 stats[name] = stats.get(name, 0.0) + share * loss.detach()
         self.policy.eval()

@@ -91,6 +91,16 @@ def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_scri
     torch.testing.assert_close(stats["policy_loss"], loss.detach(), rtol=1e-4, atol=1e-6)
     for one, other in zip(found, torch.autograd.grad(loss, trainer.trained), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    script.ENTROPY_COEF = 1e-9  # with which all go through the model
+    again = trainer.update(rollouts)
+    for name in ("clip_fraction", "ratio_mean", "ratio_min", "ratio_max"):
+        torch.testing.assert_close(again[name], stats[name], rtol=1e-4, atol=1e-6)
+    dead = ~advantages.bool()
+    right = script.compute_policy_loss(
+        logps.where(~dead[:, None], old_logps), old_logps, advantages, rollouts.completion_mask
+    )[1]
+    assert stats["clip_fraction"] == right["clip_fraction"]
+    script.ENTROPY_COEF = 0.0
     rollouts.advantages = advantages * 0
     assert trainer.update(rollouts)["policy_loss"] == 0
 
