@@ -211,21 +211,23 @@ def ratio_stats(ratio, clipped, counted):
     }
 
 
-def aggregate(values, completion_mask):
-    """(B, T) -> scalar by LOSS_AGGREGATION, where n_i is the length of sequence i of B.
+def token_weights(completion_mask):
+    """How tokens are averaged: weights (B, T), and what their sum is divided by, for B sequences of n_i tokens.
 
-    "sequence_mean": 1/B Σ_i 1/n_i Σ_t; "token_mean": Σ_i Σ_t / Σ_i n_i; "constant": 1/B Σ_i Σ_t / LOSS_DIVISOR.
+    By LOSS_AGGREGATION: "sequence_mean" 1/n_i and B, "token_mean" 1 and Σ n_i, "constant" 1/LOSS_DIVISOR and B.
+    The loss, the share of a micro-batch in the gradient, and the logged means all derive from it.
     """
-    values = values.masked_fill(~completion_mask, 0.0)
     if LOSS_AGGREGATION == "token_mean":
-        return values.sum() / completion_mask.sum()
-    lengths = completion_mask.sum(1).clamp(min=1) if LOSS_AGGREGATION == "sequence_mean" else LOSS_DIVISOR
-    return (values.sum(1) / lengths).sum() / completion_mask.any(1).sum()
+        return completion_mask.double(), completion_mask.sum()
+    lengths = completion_mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    divisor = lengths if LOSS_AGGREGATION == "sequence_mean" else LOSS_DIVISOR
+    return completion_mask.double() / divisor, completion_mask.any(1).sum()
 
 
-def loss_weight(completion_mask):
-    """How much a batch counts in a larger one it is part of: the number of what the loss is a mean over."""
-    return int(completion_mask.sum() if LOSS_AGGREGATION == "token_mean" else completion_mask.any(1).sum())
+def aggregate(values, completion_mask):
+    """(B, T) -> scalar: the sum of values by their token_weights, over the divisor. Masked values cannot matter."""
+    weights, divisor = token_weights(completion_mask)
+    return (values.masked_fill(~completion_mask, 0.0) * weights.to(values.dtype)).sum() / divisor
 
 
 def completions_in_loss(truncated):
@@ -659,16 +661,16 @@ class GRPOTrainer:
     def compute_gradient(self, batch, budget):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
-        Each micro-batch counts by its share of the batch's loss_weight, so that how it is split cannot change the
-        gradient. Returns logps (B, T) without gradient, old_logps where rows need not go through the model; the losses.
+        Each micro-batch counts by its share of the batch's divisor, so that how it is split cannot change the gradient.
+        Returns logps (B, T) without gradient, old_logps where rows need not go through the model; the losses.
         """
-        chosen, total = rows_that_move(batch), loss_weight(batch.completion_mask)
+        chosen, (_, divisor) = rows_that_move(batch), token_weights(batch.completion_mask)
         moving, logps, stats = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True), {}
         self.optimizer.zero_grad()
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
         for rows in micro_batches(moving.lengths, budget):
             part = moving.select(rows)
-            mask, share = part.completion_mask.to(self.policy_device), loss_weight(part.completion_mask) / total
+            mask, share = part.completion_mask.to(self.policy_device), token_weights(part.completion_mask)[1] / divisor
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
             losses = {"policy_loss": compute_policy_loss(part_logps, part.old_logps, part.advantages, mask)[0]}
             if ENTROPY_COEF > 0:

@@ -206,8 +206,8 @@ def compute_policy_loss_sequence_level(logps, old_logps, advantages, completion_
     """GSPO, eq. 5: −mean_i min(s_i A_i, clip(s_i) A_i), one ratio, one clip and one weight per sequence."""
     ratio = compute_sequence_ratio(logps, old_logps, completion_mask)  # (B,)
     losses, clipped = clipped_loss(ratio, advantages)
-    rows = completion_mask.any(1)
-    return (losses * rows).sum() / rows.sum(), ratio_stats(ratio, clipped, rows)
+    loss = aggregate(losses[:, None].expand(completion_mask.shape), completion_mask)  # the same for all its tokens
+    return loss, ratio_stats(ratio, clipped, completion_mask.any(1))
 
 
 def compute_policy_loss_token_level(logps, old_logps, advantages, completion_mask):
@@ -250,15 +250,19 @@ def ratio_stats(ratio, clipped, counted):
     }
 
 
+def token_weights(completion_mask):
+    """How tokens are averaged: weights (B, T), here 1/n_i, and what their sum is divided by, the number of sequences.
+
+    The loss, the share of a micro-batch in the gradient, and the logged means all derive from it.
+    """
+    lengths = completion_mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    return completion_mask.double() / lengths, completion_mask.any(1).sum()
+
+
 def aggregate(values, completion_mask):
-    """(B, T) -> scalar: the mean over each sequence's tokens, then over the sequences."""
-    per_sequence = values.masked_fill(~completion_mask, 0.0).sum(1) / completion_mask.sum(1).clamp(min=1)  # (B,)
-    return per_sequence.sum() / completion_mask.any(1).sum()
-
-
-def loss_weight(completion_mask):
-    """How much a batch counts in a larger one it is part of: the loss is a mean over sequences, so their number."""
-    return int(completion_mask.any(1).sum())
+    """(B, T) -> scalar: the sum of values by their token_weights, over the divisor. Masked values cannot matter."""
+    weights, divisor = token_weights(completion_mask)
+    return (values.masked_fill(~completion_mask, 0.0) * weights.to(values.dtype)).sum() / divisor
 
 
 def completions_in_loss(truncated):
@@ -677,16 +681,16 @@ class GSPOTrainer:
     def compute_gradient(self, batch, budget):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
-        Each micro-batch counts by its share of the batch's loss_weight, so that how it is split cannot change the
-        gradient. Returns logps (B, T) without gradient, old_logps where rows need not go through the model; the losses.
+        Each micro-batch counts by its share of the batch's divisor, so that how it is split cannot change the gradient.
+        Returns logps (B, T) without gradient, old_logps where rows need not go through the model; the losses.
         """
-        chosen, total = rows_that_move(batch), loss_weight(batch.completion_mask)
+        chosen, (_, divisor) = rows_that_move(batch), token_weights(batch.completion_mask)
         moving, logps, stats = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True), {}
         self.optimizer.zero_grad()
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
         for rows in micro_batches(moving.lengths, budget):
             part = moving.select(rows)
-            mask, share = part.completion_mask.to(self.policy_device), loss_weight(part.completion_mask) / total
+            mask, share = part.completion_mask.to(self.policy_device), token_weights(part.completion_mask)[1] / divisor
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
             losses = {"policy_loss": compute_policy_loss(part_logps, part.old_logps, part.advantages, mask)[0]}
             if ENTROPY_COEF > 0:

@@ -93,9 +93,9 @@ def test_parts_of_a_batch_add_up_by_their_weights(script, constants):
     torch.testing.assert_close(script.aggregate(values, mask), whole)
     empty_row = torch.cat([mask, torch.zeros_like(mask[:1])])  # a row without a token is none
     torch.testing.assert_close(script.aggregate(torch.cat([values, values[:1]]), empty_row), whole)
-    assert script.loss_weight(empty_row) == script.loss_weight(mask)
+    assert script.token_weights(empty_row)[1] == script.token_weights(mask)[1]
     parts = [slice(0, 1), slice(1, 4), slice(4, 6)]
-    shares = [script.loss_weight(mask[part]) / script.loss_weight(mask) for part in parts]
+    shares = [script.token_weights(mask[part])[1] / script.token_weights(mask)[1] for part in parts]
     sums = [share * script.aggregate(values[part], mask[part]) for share, part in zip(shares, parts, strict=True)]
     torch.testing.assert_close(sum(sums), whole)
     if not sequence_level(script):
