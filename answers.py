@@ -86,11 +86,14 @@ def read(text):
 
 _IN_LATEX = {"−": "-", "–": "-", "×": r"\times ", "÷": "/", "²": "^2", "³": "^3", "°": r"^\circ ", "π": r"\pi "}
 _IN_LATEX |= {"∞": r"\infty "} | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
-_WRAPPED = re.compile(r"\\(?:text|math)?(?:text|bf|rm|it|tt|box|boxed|fbox|mbox|normal)\s*\{([^{}]*)\}")
+_WRAPPED = re.compile(
+    r"\\(?:text|math)?(?:text|bf|rm|it|tt|box|boxed|fbox|mbox|normal|boldsymbol|underline)\s*\{([^{}]*)\}"
+)
 
 
 def _clean(text):
     """An answer without what only dresses it: dollar signs, Markdown, a full stop, a command around it."""
+    text = text.replace("\\varnothing", "\\emptyset")
     text = re.sub(r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]", "", text.translate(str.maketrans(_IN_LATEX)))
     before = None
     while text != before:
@@ -103,8 +106,10 @@ def _clean(text):
 
 
 def _words(text):
-    """For a comparison as text: no case, no spaces, and no braces, as 52_{8} and 52_8 are the same."""
-    return re.sub(r"\\(?:text|mbox|mathrm)(?=\{)|\\[!,;:> ]|[\s{}]", "", text).casefold()
+    """For a comparison as text: no case, no spaces but between digits; 52_{8} and 52_8, a.m. and AM are the same."""
+    text = re.sub(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}|(?<!\d)\.|\.(?!\d)", r"\1", text)
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "_", re.sub(r"_\{(\w+)\}", r"_\1", text))
+    return re.sub(r"\\[!,;:> ]|\s", "", text).casefold()
 
 
 _EQUALS = re.compile(r"(?<![<>!:\\])=|\\in(?![a-z])")
@@ -122,6 +127,12 @@ def _without_name(text):
 
 
 _WHOLE = r"(?:[1-9]\d{0,2}(?:(?:,|\{,\}|,?\\[!,]\s*|[ ])\d{3})+|\d+)"
+_NO_UNITS = (  # functions, and words that make another number of one
+    "and|or|to|than|not|sin|cos|tan|cot|sec|csc|log|exp|sqrt|arc|mod|pi|theta|alpha|beta|gamma|infinity|hundred|thousand|"
+    "million|billion|trillion|dozen|half|halves|thirds?|fourths?|quarters?|fifths?|squared|cubed|factorial|choose|over|"
+    "divided|times|plus|minus|negative|below|root"
+)
+_SHORT = r"(?:[kcmn]?m|[mk]?[gl]|m?L|mi|in|ft|lbs?|oz|hr|s)"  # units that could be symbols, if no space stood before
 _NUMBER = re.compile(
     rf"""
     (?! \( [^)]* , ) \(? (?P<sign>[-+]?) \s*
@@ -129,14 +140,17 @@ _NUMBER = re.compile(
       | (?P<number>{_WHOLE}? (?:\.\d+)?) (?: [eE] (?P<exponent>[-+]?\d+) )? )              # 1,400 or 2.5 or 2e3
     \s* (?P<percent>\\?%|percent\b)? \)?
     \s* (?: \( [^\d()]* \)                                                                 # (pears)
-      | (?! (?:and|or|to|than|sin|cos|tan|cot|sec|csc|log|exp|sqrt|arc) \b )               # no unit
-        (?: [A-Za-z]{{3,}} | [kcm]m | kg | ft | oz | hr ) \b [A-Za-z\s.'/-]* (?:\^\{{?[23]\}}?)? )?
+      | (?! (?:{_NO_UNITS}) \b )
+        (?: (?<=\s) (?: [A-Za-z]{{3,}} | an? \s+ [A-Za-z]{{3,}} | {_SHORT} ) | / \s* [A-Za-z]+ | \^\\circ \s* [CF] )
+        (?![A-Za-z]) [A-Za-z\s.'/-]* (?:\^\{{?[23]\}}?)? )?
     """,
     re.VERBOSE,
 )
 # What math-verify reads in part or as something else: times, dates and ratios, numbers side by side, two decimal
-# points, numbers in another base, repeating decimals.
-_MISREAD = re.compile(r"\d\s*:\s*\d|\d-\d+-\d|\d\s+\d|\d\.\d+\.\d|\d_|\\overline|\\dot")
+# points, numbers in another base, repeating decimals, what is not equal, an operator without its right side.
+_MISREAD = re.compile(
+    r"\d\s*:\s*\d|\d-\d+-\d|(?<![_^\d.])\d[\d.]*\s+\d|\d\.\d+\.\d|\d_|\\overline|\\dot|\\n(?:eq?|ot)(?![a-z])|[-+*/^=]$"
+)
 _FUNCTIONS = r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|exp|max|min|gcd|lcm|mod|det|lim|and"
 
 

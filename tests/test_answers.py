@@ -23,7 +23,14 @@ RIGHT = [
         ("48", f"#### {text}")
         for text in ("48 km/h", "48 apples in all", "Area = 48", "6*8=48", "\\$48", "48%", "4.8e1")
     ],
+    *[
+        ("60", f"#### {text}")
+        for text in ("60 m/s", "60 m^2", "60 mL", "60 in", "$60/hour", "$60 an hour", "60^\\circ C")
+    ],
     ("B", "\\boxed{\\textbf{(B)}}"),
+    ("7:15 a.m.", "#### 7:15 AM"),
+    ("5", "\\boxed{\\boldsymbol{5}}"),
+    ("\\log_2 5", "\\boxed{\\frac{\\ln 5}{\\ln 2}}"),
     ("B", "Final answer: b)"),
     ("no solution", "\\boxed{\\text{No solution}}"),
     ("9:45", "#### 9:45"),
@@ -48,6 +55,13 @@ WRONG = [
         for text in ("5 6 7", "6 or 7", "7 or 8", "5=7", "7x", "7:30", "7_8", "7 sin x", "3 to 7", "")
     ],
     *[("7", text) for text in ("7", "", "####", "\\boxed{7", "\\boxed{6, 7}", "\\boxed{2x = 7}", "\\boxed{x + y = 7}")],
+    *[("5", f"#### {text}") for text in ("5 million", "5 dozen", "5 halves", "5 factorial", "5xyz", "\\neq 5", "5-")],
+    ("\\frac{11}{2}", "\\boxed{\\frac{1}{12}}"),
+    ("x^2y", "\\boxed{x^{2y}}"),
+    ("\\sqrt{3}x", "\\boxed{\\sqrt{3x}}"),
+    ("3^{12}", "\\boxed{3^{1}2}"),
+    ("2 3/4", "#### 23/4"),
+    ("12", "#### 1 2"),
     ("9:45", "#### 9:15"),
     ("2025-01-31", "#### 2025-01-30"),
     ("1993", "#### 2025-01-31"),
