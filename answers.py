@@ -14,7 +14,7 @@ from math_verify import parse, verify
 
 _MARK = re.compile(r"(?<!#)####(?!#)|\\f?box(?:ed)?\s*\{|\banswer\**\s*[:：]", re.IGNORECASE)
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|;|,?\s*\\?(?:text\s*\{)?\s*(?:and|or)\b\s*\}?)[\s$]*")
-_LONGEST = 80  # characters of an answer in words: a longer text is a solution that marks no answer
+_MOST_WORDS = 5  # of an answer in words: a longer text is an explanation, which no completion repeats
 
 
 def marked_answers(text):
@@ -22,16 +22,22 @@ def marked_answers(text):
 
     Boxes that follow one another, as in \\boxed{3} and \\boxed{5}, are one answer: "3, 5". Empty marks are left out.
     """
+    return [answer for answer, _ in _marked(text)]
+
+
+def _marked(text):
+    """(answer, whether it may be a heading) for each mark: a heading comes after an answer, and text comes after it."""
     answers, end_of_box = [], None
     for mark in _MARK.finditer(text):
         if not mark[0].endswith("{"):
-            answers.append(text[mark.end() :].strip().partition("\n")[0].strip())
+            answer, _, below = text[mark.end() :].strip().partition("\n")
+            answers.append((answer.strip(), mark[0] == "####" and any(a for a, _ in answers) and bool(below.strip())))
             continue
         inside = _up_to_brace(text[mark.end() :])
         joined = end_of_box is not None and _BETWEEN_BOXES.fullmatch(text[end_of_box : mark.start()])
-        answers.append(f"{answers.pop()}, {inside}" if joined else inside.strip())
+        answers.append((f"{answers.pop()[0]}, {inside}" if joined else inside.strip(), False))
         end_of_box = mark.end() + len(inside) + 1
-    return [answer for answer in answers if answer]
+    return [(answer, may_be_heading) for answer, may_be_heading in answers if answer]
 
 
 def _up_to_brace(text):
@@ -47,15 +53,16 @@ def _up_to_brace(text):
 def is_right(gold, completion):
     """Whether the answer that a completion marks is the row's. gold: the row's answer, marked or bare.
 
-    Of several marks the last one counts. A Markdown heading uses `####`, too, so if gold is mathematics, the last mark
-    counts that is mathematics.
+    Of several marks the last one counts. A Markdown heading uses `####`, too. So if gold is mathematics, the last mark
+    counts that is mathematics, and else the last one that cannot be a heading.
     """
     gold = (marked_answers(gold) or [gold])[-1]
-    answers, is_mathematics = marked_answers(completion), read(gold) is not None
-    if is_mathematics:
-        answers = [answer for answer in answers if read(answer) is not None]
-    elif len(gold) > _LONGEST:
+    if read(gold) is not None:
+        answers = [answer for answer in marked_answers(completion) if read(answer) is not None]
+    elif len(gold.split()) > _MOST_WORDS:
         return False
+    else:
+        answers = [answer for answer, may_be_heading in _marked(completion) if not may_be_heading]
     return bool(answers) and same_answer(gold, answers[-1])
 
 
@@ -67,7 +74,12 @@ def same_answer(gold, answer):
     gold, answer = _clean(gold), _clean(answer)
     if _words(gold) == _words(answer):
         return True
-    if bool(_EQUALS.search(gold)) != bool(_EQUALS.search(answer)):  # `x = 5` and `5` are the same answer
+    gold_names, answer_names = _names(gold), _names(answer)
+    if gold_names or answer_names:  # `x = 3, y = 2` and `(3, 2)` are the same answer, but `(2, 3)` is not
+        if gold_names and answer_names and gold_names.keys() != answer_names.keys():
+            return False
+        gold, answer = _in_order(gold, gold_names), _in_order(answer, answer_names)
+    elif bool(_EQUALS.search(gold)) != bool(_EQUALS.search(answer)):  # `x = 5` and `5` are the same answer
         gold, answer = _without_name(gold), _without_name(answer)
     gold, answer = _read(gold), _read(answer)
     if gold is None or answer is None or _is_equation(gold) != _is_equation(answer):
@@ -84,7 +96,21 @@ def read(text):
     return _read(_without_name(_clean(text)))
 
 
-_IN_LATEX = {"−": "-", "–": "-", "×": r"\times ", "÷": "/", "²": "^2", "³": "^3", "°": r"^\circ ", "π": r"\pi "}
+_IN_LATEX = {
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "~": " ",
+    "½": r" 1/2",
+    "¼": " 1/4",
+    "¾": " 3/4",
+    "×": r"\times ",
+    "÷": "/",
+    "²": "^2",
+    "³": "^3",
+    "°": r"^\circ ",
+    "π": r"\pi ",
+}
 _IN_LATEX |= {"∞": r"\infty "} | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
 _WRAPPED = re.compile(
     r"\\(?:text|math)?(?:text|bf|rm|it|tt|box|boxed|fbox|mbox|normal|boldsymbol|underline)\s*\{([^{}]*)\}"
@@ -93,11 +119,12 @@ _WRAPPED = re.compile(
 
 def _clean(text):
     """An answer without what only dresses it: dollar signs, Markdown, a full stop, a command around it."""
-    text = text.replace("\\varnothing", "\\emptyset")
-    text = re.sub(r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]", "", text.translate(str.maketrans(_IN_LATEX)))
+    text = re.sub(r"\\q?quad(?![A-Za-z])", " ", text.replace("\\varnothing", "\\emptyset"))
+    text = re.sub(r"\\([dtc]?frac)\s*(\d)\s*(\d)(?!\d)", r"\\\1{\2}{\3}", text)
+    text = re.sub(r"\\?[$€£¥₹¢]|(?<!\\)\\[()\[\]]", "", text.translate(str.maketrans(_IN_LATEX)))
     before = None
     while text != before:
-        before, text = text, text.strip(" \t\n*`").removesuffix(".")
+        before, text = text, text.strip(" \t\n*`").removesuffix(".").rstrip("\\")
         if whole := _WRAPPED.fullmatch(text):
             text = whole[1]
         if letter := re.fullmatch(r"\(?([A-Za-z])[).]?", text):  # a choice: (B), B) or B.
@@ -106,10 +133,12 @@ def _clean(text):
 
 
 def _words(text):
-    """For a comparison as text: no case, no spaces but between digits; 52_{8} and 52_8, a.m. and AM are the same."""
+    """For a comparison as text: no spaces but between numbers, no case of words, no braces around a base, no a.m."""
     text = re.sub(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}|(?<!\d)\.|\.(?!\d)", r"\1", text)
+    text = re.sub(r"[^\W\d_]{2,}|^[A-J]$", lambda word: word[0].casefold(), text)  # x and X are two symbols
+    text = re.sub(r"(?<=\d),\s+(?=\d)", ";", text)  # two numbers, but 1,000 is one
     text = re.sub(r"(?<=\d)\s+(?=\d)", "_", re.sub(r"_\{(\w+)\}", r"_\1", text))
-    return re.sub(r"\\[!,;:> ]|\s", "", text).casefold()
+    return re.sub(r"\\[!,;:> ]|\s", "", text)
 
 
 _EQUALS = re.compile(r"(?<![<>!:\\])=|\\in(?![a-z])")
@@ -126,11 +155,29 @@ def _without_name(text):
     return _NAME.sub(r"\1 ", text).strip() if len(names) == 1 else text
 
 
+_NAMED = re.compile(r"\s*([A-Za-z](?:_\{?\w+\}?)?)\s*=\s*([^=]+?)\s*")
+
+
+def _names(text):
+    """{"x": "3", "y": "2"} of `x = 3, y = 2`; {} of any other text, and if there is but one name."""
+    parts = [_NAMED.fullmatch(part) for part in re.split(r",|;|\\text\s*\{\s*and\s*\}|\band\b", text)]
+    names = {part[1]: part[2] for part in parts if part}
+    return names if len(names) == len(parts) > 1 else {}
+
+
+def _in_order(text, names):
+    """A tuple: of the named values in the order of the alphabet, or of a list."""
+    values = ", ".join(names[name] for name in sorted(names)) if names else re.sub(r"\band\b|;", ",", text)
+    return values if values.startswith(("(", "\\left")) else f"({values})"
+
+
 _WHOLE = r"(?:[1-9]\d{0,2}(?:(?:,|\{,\}|,?\\[!,]\s*|[ ])\d{3})+|\d+)"
-_NO_UNITS = (  # functions, and words that make another number of one
-    "and|or|to|than|not|sin|cos|tan|cot|sec|csc|log|exp|sqrt|arc|mod|pi|theta|alpha|beta|gamma|infinity|hundred|thousand|"
-    "million|billion|trillion|dozen|half|halves|thirds?|fourths?|quarters?|fifths?|squared|cubed|factorial|choose|over|"
-    "divided|times|plus|minus|negative|below|root"
+_NO_UNITS = (  # words that make another number of one, functions and symbols, and words of a sentence
+    "and|or|to|than|not|hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|fourths?|quarters?|fifths?|"
+    "squared|cubed|factorial|choose|over|divided|times|plus|minus|negative|below|root|zero|one|two|three|four|five|six|"
+    "seven|eight|nine|ten|eleven|twelve|\\w+teen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|"
+    "sin|cos|tan|cot|sec|csc|log|exp|sqrt|arc|mod|infinity|[abcnxyz]{3}|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|"
+    "pi|rho|sigma|tau|phi|chi|psi|omega|is|are|was|were|but|if|because|since|so|actually|maybe|perhaps|wrong|false|true"
 )
 _SHORT = r"(?:[kcmn]?m|[mk]?[gl]|m?L|mi|in|ft|lbs?|oz|hr|s)"  # units that could be symbols, if no space stood before
 _NUMBER = re.compile(
@@ -140,18 +187,28 @@ _NUMBER = re.compile(
       | (?P<number>{_WHOLE}? (?:\.\d+)?) (?: [eE] (?P<exponent>[-+]?\d+) )? )              # 1,400 or 2.5 or 2e3
     \s* (?P<percent>\\?%|percent\b)? \)?
     \s* (?: \( [^\d()]* \)                                                                 # (pears)
-      | (?! (?:{_NO_UNITS}) \b )
-        (?: (?<=\s) (?: [A-Za-z]{{3,}} | an? \s+ [A-Za-z]{{3,}} | {_SHORT} ) | / \s* [A-Za-z]+ | \^\\circ \s* [CF] )
+      | (?! (?i: .* \b (?:{_NO_UNITS}) \b ) )
+        (?: (?<=\s) (?: (?:(?:an?|of|per|in) \s+)? [A-Za-z]{{3,}} | {_SHORT} ) | / \s* [A-Za-z]+ | \^\\circ \s* [CF] )
         (?![A-Za-z]) [A-Za-z\s.'/-]* (?:\^\{{?[23]\}}?)? )?
     """,
     re.VERBOSE,
 )
 # What math-verify reads in part or as something else: times, dates and ratios, numbers side by side, two decimal
-# points, numbers in another base, repeating decimals, what is not equal, an operator without its right side.
-_MISREAD = re.compile(
-    r"\d\s*:\s*\d|\d-\d+-\d|(?<![_^\d.])\d[\d.]*\s+\d|\d\.\d+\.\d|\d_|\\overline|\\dot|\\n(?:eq?|ot)(?![a-z])|[-+*/^=]$"
+# points, numbers in another base, an operator without its right side, and one bar without the other.
+_MISREAD = re.compile(r"\d\s*:\s*\d|\d-\d+-\d|(?<![_^\d.])\d[\d.]*\s+\d|\d\.\d+\.\d|\d_|[-+*/^=]$|^[^|]*\|[^|]*$")
+# The commands that it reads as they are meant. It leaves others out: 4 of `3 \to 4`.
+_COMMANDS = (
+    "[dtc]?frac|over|sqrt|[dt]?binom|left|right|begin|end|text[a-z]*|mbox|math(?:rm|bf|bb|cal|it)|displaystyle|cdot|times|div|"
+    "pm|mp|infty|cup|setminus|emptyset|leq?|geq?|lt|gt|in|circ|[lr](?:floor|ceil|vert|brace|brack)|[lr]?vert|mid|mod|"
+    "(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|max|min|gcd|(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|"
+    "iota|kappa|lambda|mu|nu|xi|pi|rho|sigma|tau|upsilon|phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega)"
+)
+_SYMBOLS = re.compile(
+    rf"(?:\\(?:{_COMMANDS})(?![A-Za-z])|\\[,;:!{{}}%\\ ]|[\w\s+*/^=<>()\[\]{{}}|,.;:!&%-])*", re.ASCII
 )
 _FUNCTIONS = r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|exp|max|min|gcd|lcm|mod|det|lim|and"
+_IN_TEXT = re.compile(r"\\(?:text[a-z]*|mbox|mathrm)\s*\{([^{}]*)\}(?:\^\{?\d\}?)?")
+_REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 
 
 @functools.lru_cache(4096)  # a row's own answer is read for each completion of its group
@@ -161,7 +218,15 @@ def _read(text):
         if number["number"] and number["number"].isdecimal() and not number["exponent"] and not number["percent"]:
             return sympy.Integer(number["sign"] + number["number"])
         text = _number_in_latex(number)
-    elif _MISREAD.search(text) or _is_prose(text):
+    elif repeating := _REPEATING.fullmatch(text):
+        sign, whole, fixed, again = repeating.groups()
+        repeated = int(whole + fixed + again) - int(whole + fixed or 0)
+        return sympy.Rational(repeated, (10 ** len(again) - 1) * 10 ** len(fixed)) * (-1 if sign else 1)
+    elif _is_prose(text) or not _SYMBOLS.fullmatch(symbols := _IN_TEXT.sub(_in_between, text)):
+        return None
+    elif _MISREAD.search(re.sub(r"\\[,;:! ]", " ", symbols)):
+        return None
+    elif "\\\\" in text and "\\begin" not in text or r"\mid" in text and r"\{" not in text:
         return None
     parts = _EQUALS.split(text)
     if len(parts) > 1 and not re.search("[,;]", text):  # 5+9=14 says 14, but 8=9 says nothing
@@ -169,6 +234,11 @@ def _read(text):
         if all(getattr(value, "is_number", False) for value in values):
             return values[-1] if all(verify([values[-1]], [v], timeout_seconds=None) for v in values) else None
     return _parse(text)
+
+
+def _in_between(text):
+    """What stands for a text within mathematics: a comma for a word that joins, nothing for a unit."""
+    return " , " if text[1].strip() in ("and", "or") else " "
 
 
 def _number_in_latex(number):
@@ -181,8 +251,11 @@ def _number_in_latex(number):
 
 def _is_prose(text):
     """Whether an answer has words that are no unit and no function, or nothing that mathematics is made of."""
+    words = [word.strip() for word in _IN_TEXT.findall(text)]
+    if any(re.search(rf"(?i)\b(?:{_NO_UNITS})\b", word) for word in words if word not in ("and", "or")):
+        return True
     symbols = re.sub(r"\\(?:begin|end)\s*\{\w+\}", "", text)
-    symbols = re.sub(r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?", "", symbols).strip() or symbols
+    symbols = _IN_TEXT.sub("", symbols).strip() or symbols
     symbols = re.sub(rf"\\[A-Za-z]+|(?<![A-Za-z])(?:{_FUNCTIONS})(?![A-Za-z])", r"\\", symbols)
     return bool(re.search("[A-Za-z]{3}", symbols)) or not re.search(r"[\d+*/^=<>\\|!,-]", symbols)
 

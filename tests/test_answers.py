@@ -48,6 +48,17 @@ RIGHT = [
     ("14", "#### Step 1: subtract\n20 - 6 = 14\n\nSo it is \\boxed {14}."),
     ("14", "\\fbox{14}\n\n#### Checked\nTwice."),
     ("14", "####\n14\nand so on"),
+    *[("B", f"{text}\n\n#### Why A is wrong\nBecause it is.") for text in ("\\boxed{B}", "Answer: B", "#### B")],
+    *[("x=3, y=2", f"\\boxed{{{text}}}") for text in ("y=2, x=3", "x=3 \\text{ and } y=2", "(3,2)", "3, 2")],
+    ("(3,2)", "\\boxed{x=3, y=2}"),
+    ("1/3", "\\boxed{0.\\overline{3}}"),
+    ("-0.1\\overline{6}", "#### -1/6"),
+    ("1/2", "\\boxed{\\frac 1 2}"),
+    ("1.5", "#### 1½"),
+    ("-5", "#### —5"),
+    ("100, 200, 300", "\\boxed{200, 100, 300}"),
+    ("18", "#### 18 of her eggs"),
+    ("a", "#### A"),
 ]
 WRONG = [
     *[
@@ -56,6 +67,25 @@ WRONG = [
     ],
     *[("7", text) for text in ("7", "", "####", "\\boxed{7", "\\boxed{6, 7}", "\\boxed{2x = 7}", "\\boxed{x + y = 7}")],
     *[("5", f"#### {text}") for text in ("5 million", "5 dozen", "5 halves", "5 factorial", "5xyz", "\\neq 5", "5-")],
+    *[("4", f"Answer: {text}") for text in ("3 \\to 4", "3 \\Rightarrow 4", "3 \\mid 4", "\\approx 4")],
+    *[
+        ("3", f"#### {text}")
+        for text in ("3|4", "3?4", "3\\\\4", "3 apples and four pears", "3'4", "3 \\quad 4", "3 @ 4")
+    ],
+    *[
+        ("3", f"\\boxed{{3\\text{{ {text}}}}}")
+        for text in ("million", "is false", "or four", "hours } 30\\text{ minutes")
+    ],
+    ("5\\text{ hours } 30\\text{ minutes}", "\\boxed{5}"),
+    *[("7", f"#### {text}") for text in ("7 but actually eight", "7 xyz", "7 lambda")],
+    ("X", "\\boxed{x}"),
+    ("5 m", "#### 5M"),
+    ("100,200", "#### 100, 200"),
+    ("1234", "#### 1, 234"),
+    *[("x=3, y=2", f"\\boxed{{{text}}}") for text in ("(2,3)", "2, 3", "x=2, y=3", "x=3, z=2", "3")],
+    ("(3,2)", "\\boxed{y=3, x=2}"),
+    ("B", "\\boxed{B}\n#### C"),
+    ("7 (seven days) or one week", "#### 7 (seven days) or one week"),
     ("\\frac{11}{2}", "\\boxed{\\frac{1}{12}}"),
     ("x^2y", "\\boxed{x^{2y}}"),
     ("\\sqrt{3}x", "\\boxed{\\sqrt{3x}}"),
