@@ -10,11 +10,13 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import sys
+import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,13 +126,32 @@ class _Constant(NamedTuple):
 
 @functools.lru_cache(8)
 def _constants_of(text):
-    """The constants in a script's text, {name: _Constant}, in the order of the file. One may take several lines."""
+    """The constants in a script's text, {name: _Constant}, in the order of the file. One may take several lines.
+
+    Raises InputError if a constant is set in another way than NAME = value, for then its value could not be told.
+    """
     lines, found = text.splitlines(), {}
-    start = next(i for i, line in enumerate(lines, 1) if line.startswith("# ---- Constants"))
-    end = next((i for i, line in enumerate(lines, 1) if i > start and line.startswith("# ---- ")), len(lines) + 1)
+    comments = (
+        token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT
+    )
+    banners = {token.start[0]: token.string for token in comments if token.line.startswith("# ---- ")}
+    start = next(line for line, banner in banners.items() if banner.startswith("# ---- Constants"))
+    end = min((line for line in banners if line > start), default=len(lines) + 1)
     for node in ast.parse(text).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if start < node.lineno < end and isinstance(target, ast.Name) and target.id.isupper() and node.value:
+        if not start < node.lineno < end:
+            continue
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        target = targets[0] if len(targets) == 1 and isinstance(targets[0], ast.Name) else None
+        if target is None:
+            for name in ast.walk(node):
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store) and name.id.isupper():
+                    raise InputError(
+                        f"line {name.lineno} sets the constant {name.id} together with others or on a condition; write "
+                        f"{name.id} = value on a line of its own, or give it a small name"
+                    )
+        elif target.id.isupper() and node.value:
             after = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
             above = (line[2:] for line in reversed(lines[start : node.lineno - 1]) if line.startswith("# "))
             place = slice(node.lineno - 1, node.end_lineno)
@@ -198,11 +219,14 @@ def as_saved(values):
     """{name: value} as JSON holds it: what JSON does not have, such as a set, a path or a dtype, by its repr."""
 
     def plain(value):
-        with contextlib.suppress(TypeError, ValueError):
-            if (again := json.loads(json.dumps(value, allow_nan=False))) == value or isinstance(value, tuple):
-                return again
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
         if isinstance(value, set | frozenset):
-            return repr(sorted(value, key=repr))  # whose own order differs from process to process
+            return repr(sorted(map(plain, value), key=repr))  # whose own order differs from process to process
+        if value is None or type(value) in (bool, int, str) or type(value) is float and math.isfinite(value):
+            return value
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
     return {name: plain(value) for name, value in values.items()}
@@ -289,7 +313,7 @@ def apply_overrides(namespace, argv=None):
     if preset not in ("", *PRESETS):
         have = ", ".join(sorted(PRESETS))
         raise InputError(f'--preset {preset}: there is no such preset; choose one of {have}, or "" for none')
-    script = Path(namespace["__file__"]).stem
+    script = Path(namespace["__file__"]).resolve().stem  # a link may have another name
     for name, value in PRESETS.get(preset, {}).items():
         name = name.removeprefix(f"{script}.")
         if name not in given and name in constants and namespace[name] != value:
@@ -317,8 +341,12 @@ def _resume(namespace, constants, given):
         raise InputError(f"--resume {folder}: {_no_run(folder, script, error)}") from None
     text = script.read_text(encoding="utf-8")
     sources, sources_before = ({name: one.source for name, one in _constants_of(t).items()} for t in (text, before))
-    edited = {name: namespace[name] for name in constants if sources[name] != sources_before.get(name)}
-    asked = {**edited, **given}
+    as_here = {  # of other types than flags have: a run's config.json holds too little to make them anew
+        name: namespace[name]
+        for name in constants
+        if sources[name] != sources_before.get(name) or type(namespace[name]) not in _KINDS
+    }
+    asked = {**as_here, **given}
     _refuse_others(folder, run, asked)
     if _without_constants(text) != _without_constants(before):
         print(f"Warning: {script.name} is not the code that the run began with, of which {folder} has a copy")

@@ -1,6 +1,7 @@
 """Prompts, models and tokenizers, checked as they are read. What is wrong with them is an InputError, one line."""
 
 import contextlib
+import inspect
 import json
 import logging
 import math
@@ -82,8 +83,9 @@ def load_prompts(source, name, prompt_column, answer_column, config="", split="t
     each column may be inside others: "reward_model.ground_truth". Raises InputError, with the line's number, if a row
     is no object, lacks a column, or has an empty prompt or answer.
 
-    An assistant's message at the end is a begun answer, unless it marks an answer or holds the row's. Then it is a
-    whole answer, which the policy must not see, and is left out; a printed line says of how many rows.
+    An assistant's message at the end is a begun answer, unless it marks an answer, ends with the row's, or is a
+    sentence that holds it. Then it is a whole answer, which the policy must not see, and is left out; a printed line
+    says of how many rows.
     """
     rows, where = _read_rows(source, name, config, split)
     whole = 0
@@ -103,7 +105,9 @@ def load_prompts(source, name, prompt_column, answer_column, config="", split="t
         if messages[-1]["role"] == "assistant":
             *messages, last = messages
             begun = last["content"]
-            if marked_answers(begun) or re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", begun):
+            if marked_answers(begun) or re.search(
+                rf"(?<!\w){re.escape(answer.strip())}(?!\w)(.*[.!?])?\s*$", begun, re.S
+            ):
                 begun, whole = "", whole + 1
         text = "\n".join(message["content"] for message in messages)
         if not text.strip():
@@ -135,7 +139,7 @@ def _as_text(answer, what):
     """An answer as text: the one in a list of one, and 3.0 as "3", as which some file types have all numbers."""
     if isinstance(answer, list) and len(answer) == 1:
         (answer,) = answer
-    if isinstance(answer, list | dict) or isinstance(answer, float) and not math.isfinite(answer):
+    if isinstance(answer, list | dict | bytes) or isinstance(answer, float) and not math.isfinite(answer):
         raise InputError(f"{what} is {answer!r:.60}; give a text or a number")
     if answer is None or not str(answer).strip():
         raise InputError(f"{what} is {'null' if answer is None else 'empty'}; give an answer or remove the row")
@@ -243,19 +247,25 @@ def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=
     """Adds to each row the text that the model sees and its ids; leaves out, and counts, prompts that are too long.
 
     A tokenizer with a chat template gets the messages and the opening of the answer, with what is begun of it. The
-    system prompt stands before them, unless they have their own. One without a template gets the plain text. longest:
-    tokens, which nothing is ever cut to. variables: of the template, {name: value}. Raises InputError if none is left.
+    system prompt stands before them, unless one of them is a system's or a developer's. A tokenizer without a template
+    gets the plain text. longest: tokens, which nothing is ever cut to. variables: of the template, {name: value}.
+    Raises InputError if none is left.
     """
     kept, empty, own_system = [], 0, 0
     options = {"enable_thinking": thinking, **(variables or {})}
+    ours = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} & {*options}
+    if ours:
+        raise InputError(
+            f"CHAT_TEMPLATE_KWARGS sets {', '.join(sorted(ours))}, which is not a template's to say; leave it out"
+        )
     for row in rows:
+        has_system = any(message["role"] in ("system", "developer") for message in row["messages"])
+        own_system += has_system
+        system = [{"role": "system", "content": system_prompt}] if system_prompt and not has_system else []
         if tokenizer.chat_template:
-            has_system = row["messages"][0]["role"] == "system"
-            own_system += has_system
-            system = [{"role": "system", "content": system_prompt}] if system_prompt and not has_system else []
             row["prompt_text"] = _render(tokenizer, system, row, options, source)
         else:
-            row["prompt_text"] = "\n".join(filter(None, [system_prompt, row["prompt"]])) + row["begun"]
+            row["prompt_text"] = "\n".join([*(one["content"] for one in system), row["prompt"]]) + row["begun"]
         ids = tokenizer(row["prompt_text"], add_special_tokens=not tokenizer.chat_template)["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id and not row["prompt_text"].endswith(tokenizer.eos_token):
             ids = ids[:-1]  # which some tokenizers add to each text: a prompt is not over

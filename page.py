@@ -111,7 +111,7 @@ def _samples_from_the_end(path):
                 row = json.loads(text[start:end])
                 changes = [change or 0.0 for change in row["logp_change"]]  # None is what was no number
                 row["pairs"] = list(zip(row["token_texts"], changes, strict=True))
-                row["step"], row["tokens"], row["prompt"]
+                row["step"], row["tokens"], row["prompt"], float(row["reward"]), float(row["advantage"])
             except (KeyError, TypeError, ValueError):
                 number = text[:start].count(b"\n") + 1
                 raise InputError(f"{path}, line {number}: not a sample; remove the line and draw again") from None

@@ -2,9 +2,9 @@
 
 A rule reward is a function of (prompt, completion, row) that returns a number; row is the prompt's line of the data, so
 `row["answer"]` is its answer. A rule that does not concern a row returns None: that row is left out of the rule's mean,
-and gets nothing from it. A rule's name is what the constant REWARDS says: `"exact_match"`, or with weights
-`"math 1.0, format 0.2"`. `reward_model` stands for the model of the constant REWARD_MODEL. A rule may also be imported
-here, or be a lambda, a functools.partial or an object with __call__.
+and gets nothing from it. A row that no rule concerns gets 0. A rule's name is what the constant REWARDS says:
+`"exact_match"`, or with weights `"math 1.0, format 0.2"`. `reward_model` stands for the model of the constant
+REWARD_MODEL. A rule may also be imported here, or be a lambda, a functools.partial or an object with __call__.
 
 Rules run in processes of their own, so that one that hangs, dies or eats memory cannot take a run with it. A reward
 that raises, returns something else than a finite number, or takes longer than SECONDS counts as 0 for that completion,
@@ -34,7 +34,7 @@ from configs import InputError
 SECONDS = 1.0  # per completion and rule; raise it for a rule that needs longer, such as one that asks a judge
 START = 60.0  # seconds that the process of the rules may take beside them, to load them most of all
 MEMORY = 4 * 2**30  # bytes that a rule's process may take beside what loading rewards.py took
-MOST_FAILURES = 0.5  # share of a batch's completions
+MOST_FAILURES = 0.5  # share of a batch's scores
 MOST_UNREADABLE = 0.1  # share of the data's rows whose own answer a rule may take for wrong
 PROCESSES = min(4, os.cpu_count() or 1)
 LARGEST, LARGEST_WEIGHT = 1e30, 1e6  # of a score and of a weight: their products and sums fit in float32
@@ -207,7 +207,7 @@ class Rewards:
 
         Raises InputError if more than MOST_FAILURES of the scores fail.
         """
-        total, concerned, failed = [0.0] * len(texts), [False] * len(texts), []
+        total, failed, count = [0.0] * len(texts), [], 0
 
         def fail(i, name, problem):
             failed.append({"reward": name, "prompt": rows[i]["prompt"], "completion": texts[i], "problem": problem})
@@ -220,19 +220,17 @@ class Rewards:
             for i, (score, problem) in enumerate(scores):
                 if score is not None:
                     total[i] += weight * score
-                    concerned[i] = True
+                    count += 1
                 if problem:
                     fail(i, name, problem)
             self.scored[name] += [score for score, _ in scores if score is not None]
-        for i in [i for i, one in enumerate(concerned) if not one]:
-            fail(i, name, "returned None, and no other reward concerns the row")
         self.failures += failed
         if self.log is not None and failed:
             self.log(failed)
-        if len(failed) > MOST_FAILURES * len(texts) * len(self.weights):
+        if len(failed) > MOST_FAILURES * count:
             first = failed[0]
             raise InputError(
-                f"{len(failed)} of {len(texts)} completions got no reward: {first['reward']} {first['problem']} for "
+                f"{len(failed)} of {count} scores failed: {first['reward']} {first['problem']} for "
                 f"{first['completion'][:60]!r}; mend it in rewards.py, see reward_failures.jsonl"
             )
         return total
@@ -377,7 +375,7 @@ def _scores(pool, name, items, future):
     try:
         return future.result()
     except TimeoutError:
-        problem = f"took longer than {SECONDS:g} s, which is SECONDS in rewards.py"
+        problem = f"took longer than {SECONDS:g} s; make it faster, or raise SECONDS in rewards.py"
     except Exception as error:
         problem = f"ended its process: {error}"
     if len(items) == 1:

@@ -106,7 +106,13 @@ def test_a_begun_answer_is_continued_and_counts_to_the_completion(tmp_path):
     assert gspo.assemble(tokenizer, rows, 1, *parts).texts == ["<think>Let me7+6=#13"]
 
 
-@pytest.mark.parametrize("text", ["It is 13.", "#### 12", "So \\boxed{x}"])
+@pytest.mark.parametrize("text", ["Let me compute 13 + ", "Of 13 pens", "It is 131."])
+def test_a_begun_answer_may_hold_the_rows_answer(tmp_path, text):
+    shown = prompt_of(tmp_path, [USER, {"role": "assistant", "content": text}])
+    assert shown == f"<user>6+7=</user><assistant>{text}"
+
+
+@pytest.mark.parametrize("text", ["It is 13.", "It is 13", "13 pens.\nDone!", "#### 12", "So \\boxed{x}"])
 def test_a_whole_answer_is_not_shown_to_the_policy(tmp_path, capsys, text):
     shown = prompt_of(tmp_path, [USER, {"role": "assistant", "content": text}])
     assert shown == "<user>6+7=</user><assistant>"
@@ -118,10 +124,17 @@ def test_there_is_one_system_turn(tmp_path, capsys):
     assert prompt_of(tmp_path, own, system_prompt="Flag.") == "<system>Own.</system><user>6+7=</user><assistant>"
     assert "1 prompts have a system message of their own" in capsys.readouterr().out
     assert prompt_of(tmp_path, [USER], system_prompt="Flag.").startswith("<system>Flag.</system><user>")
+    for other in ([USER, {"role": "system", "content": "Late."}], [{"role": "developer", "content": "Own."}, USER]):
+        assert "Flag." not in prompt_of(tmp_path, other, system_prompt="Flag.")
+    plain = prompt_of(tmp_path, own, None, system_prompt="Flag.")
+    assert plain == "Own.\n6+7=" and prompt_of(tmp_path, [USER], None, system_prompt="Flag.") == "Flag.\n6+7="
 
 
 def test_a_template_gets_the_variables_and_one_without_system_is_said(tmp_path):
     assert prompt_of(tmp_path, [USER], variables={"effort": "low"}).endswith("<assistant>low")
+    for name in ("messages", "tokenize", "add_generation_prompt", "chat_template"):
+        with pytest.raises(configs.InputError, match=f"CHAT_TEMPLATE_KWARGS sets {name}, .*leave it out"):
+            prompt_of(tmp_path, [USER], variables={name: False})
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT
     with pytest.raises(configs.InputError, match="it takes no system message, so give --system-prompt"):
         prompt_of(tmp_path, [USER], no_system, system_prompt="Flag.")

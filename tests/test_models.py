@@ -535,6 +535,13 @@ def test_presets_change_constants_and_say_so(capsys):
     assert "preset gsm8k: CLIP_HIGH = 0.0004  (was 0.04)" in out and "LOSS_DIVISOR" not in out
 
 
+def test_a_link_to_a_script_has_the_scripts_preset(tmp_path):
+    (tmp_path / "train.py").symlink_to(configs.HERE / "gspo.py")
+    namespace = vars(gspo) | {"__file__": str(tmp_path / "train.py")}
+    configs.apply_overrides(namespace, ["--preset", "gsm8k"])
+    assert namespace["CLIP_LOW"] == 3e-4
+
+
 @pytest.mark.parametrize("preset", configs.PRESETS)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_preset_holds_constants_of_the_scripts_that_keep_the_rules(script, preset):

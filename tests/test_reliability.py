@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -501,6 +502,38 @@ def test_constants_of_any_type_are_saved_and_those_of_several_lines_compared_who
     namespace["LONG"] = "one three"
     with pytest.raises(configs.InputError, match="LONG = 'one two', not 'one three'"):
         configs.apply_overrides(namespace, ["--resume", str(folder)])
+    namespace |= {"LONG": "one two", "HOME": Path("/other")}  # which no line of the file says
+    with pytest.raises(configs.InputError, match="HOME = \"PosixPath\\('/data'\\)\", not \"PosixPath\\('/other'\\)\""):
+        configs.apply_overrides(namespace, ["--resume", str(folder)])
+
+
+def test_sets_within_others_are_saved_in_one_order():
+    program = "import configs; print(configs.as_saved({'X': {'k': [{'a', 'b', 'c', 'd'}, {frozenset('ab')}]}}))"
+    says = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": str(seed)},
+            cwd=configs.HERE,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(4)
+    }
+    assert len(says) == 1
+
+
+def test_a_banner_within_a_text_ends_nothing_and_constants_set_together_are_refused(tmp_path):
+    text = (configs.HERE / "gspo.py").read_text()
+
+    def constants(more):
+        (tmp_path / "mine.py").write_text(text.replace("SEED = 0 ", more + "\nSEED = 0 "))
+        return configs.read_constants(vars(gspo) | {"__file__": str(tmp_path / "mine.py"), "PAGE": "x"})
+
+    assert list(constants('PAGE = """\n# ---- Notes\n"""')) == list(constants('PAGE = "x"'))
+    for more in ("Z, Y = 3, 4", "if True:\n    Z = 3", "Y = Z = 3", "SEED += 1"):
+        with pytest.raises(configs.InputError, match="line [0-9]+ sets the constant [A-Z]+ together with others"):
+            constants(more)
 
 
 def test_the_file_may_be_edited_while_models_load_and_the_copy_is_what_ran(tmp_path, monkeypatch):
