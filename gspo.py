@@ -30,24 +30,27 @@ Run:   python gspo.py                     the embedded task, on any machine
 import hashlib
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
-import configs
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads wait without holding cores others could use
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads wait without holding cores for long
 
 import torch
 
-from attention import GrowingCache, Packing, micro_batches, with_cache
-from decoding import decoder_of
-from fits import Fits
-from kernels import invert_cumulative, token_logps
-from loading import load_all
-from metrics import Clock, InTurn, samples_of, step_metrics
-from rewards import Rewards, find_reward, parse_rewards
-from runs import Run
-from selftest import selftest
+import configs
+from bookkeeping.evaluation import evaluation_metrics
+from bookkeeping.metrics import Clock, samples_of, step_metrics
+from bookkeeping.run import Run
+from bookkeeping.selftest import selftest
+from engine.memory import FitToMemory, set_up_process
+from engine.packing import Packing, micro_batches
+from engine.precision import autocast
+from engine.rollouts import Rollouts, on_last_token
+from engine.sampling import Sampler
+from engine.vocabulary import token_logps
+from engine.workers import LazyWorker, worker_beside
+from inputs.load import load_inputs
+from scoring.reward_models import load_reward_model
+from scoring.rules import Rewards, check_scoring, find_reward, parse_rewards
 
 # ---- Constants -------------------------------------------------------------------------------------------------------
 
@@ -205,45 +208,62 @@ def compute_policy_loss(logps, old_logps, advantages, completion_mask):
 def compute_policy_loss_sequence_level(logps, old_logps, advantages, completion_mask):
     """GSPO, eq. 5: −mean_i min(s_i A_i, clip(s_i) A_i), one ratio, one clip and one weight per sequence."""
     ratio = compute_sequence_ratio(logps, old_logps, completion_mask)  # (B,)
-    losses, clipped = clipped_loss(ratio, advantages)
-    loss = aggregate(losses[:, None].expand(completion_mask.shape), completion_mask)  # the same for all its tokens
-    return loss, ratio_stats(ratio, clipped, completion_mask.any(1))
+    losses = clipped_loss(ratio, advantages)[:, None].expand(completion_mask.shape)  # the same for all its tokens
+    return aggregate(losses, completion_mask), ratio_stats(ratio, advantages, completion_mask)
 
 
 def compute_policy_loss_token_level(logps, old_logps, advantages, completion_mask):
     """One loss per token, averaged over each sequence and then over sequences.
 
-    The ratio is that of the token if RATIO_LEVEL is "token" (as in PPO and GRPO), else GSPO-token's (eq. 14):
-    s_it = sg[s_i] · π(y_it) / sg[π(y_it)], which is s_i in value. With one advantage per sequence its loss and gradient
-    are those of the sequence level with LENGTH_NORMALIZED_RATIO; with advantages (B, T) each token has its own.
+    With one advantage per sequence and GSPO-token's ratio, loss and gradient are those of the sequence level with
+    LENGTH_NORMALIZED_RATIO; with advantages (B, T) each token has its own.
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # (B, 1)
+    ratio = compute_token_ratio(logps, old_logps, completion_mask)  # (B, T)
+    return aggregate(clipped_loss(ratio, advantages), completion_mask), ratio_stats(ratio, advantages, completion_mask)
+
+
+def compute_ratio(logps, old_logps, completion_mask):
+    """The importance ratio at RATIO_LEVEL: (B,) of sequences, or (B, T) of tokens."""
+    if RATIO_LEVEL == "sequence":
+        return compute_sequence_ratio(logps, old_logps, completion_mask)
+    return compute_token_ratio(logps, old_logps, completion_mask)
+
+
+def compute_token_ratio(logps, old_logps, completion_mask):
+    """(B, T), 1 where masked: that of the token if RATIO_LEVEL is "token" (as in PPO and GRPO), else GSPO-token's.
+
+    The latter is s_it = sg[s_i] · π(y_it) / sg[π(y_it)] (eq. 14): s_i in value, with the gradient of one token.
+    """
     if RATIO_LEVEL == "token":
-        ratio = bounded_exp((logps - old_logps).masked_fill(~completion_mask, 0.0))  # (B, T)
-    else:
-        sequence_ratio = compute_sequence_ratio(logps, old_logps, completion_mask).detach()  # (B,)
-        ratio = sequence_ratio[:, None] * (logps - logps.detach()).masked_fill(~completion_mask, 0.0).exp()  # (B, T)
-    losses, clipped = clipped_loss(ratio, advantages)
-    counted = completion_mask
-    if RATIO_LEVEL != "token" and advantages.shape[1] == 1:  # one ratio per sequence, so each counts once
-        counted = completion_mask & (completion_mask.cumsum(1) == 1)
-    return aggregate(losses, completion_mask), ratio_stats(ratio, clipped, counted)
+        return bounded_exp((logps - old_logps).masked_fill(~completion_mask, 0.0))
+    sequence_ratio = compute_sequence_ratio(logps, old_logps, completion_mask).detach()  # (B,)
+    return sequence_ratio[:, None] * (logps - logps.detach()).masked_fill(~completion_mask, 0.0).exp()
 
 
 def clipped_loss(ratio, advantages):
-    """−min(ratio · A, clip(ratio) · A), and where the clip removes the gradient; both in the shape of ratio."""
-    losses = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
+    """−min(ratio · A, clip(ratio) · A), in the shape of ratio."""
+    return -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
+
+
+def ratio_stats(ratio, advantages, completion_mask):
+    """What is logged of the ratio: of all sequences, or of all tokens if each has a ratio of its own. No gradient.
+
+    clip_fraction is the share whose gradient the clip removes.
+    """
+    of_sequences = advantages.dim() == 1 or advantages.shape[1] == 1
+    if ratio.dim() == 1:
+        counted = completion_mask.any(1)  # (B,)
+    else:
+        advantages, counted = advantages.view(len(ratio), -1), completion_mask  # (B, 1 or T), (B, T)
+        if RATIO_LEVEL != "token" and of_sequences:  # one ratio per sequence, so each counts once
+            counted = completion_mask & (completion_mask.cumsum(1) == 1)
     above = (advantages > 0) & (ratio > 1 + CLIP_HIGH)
     below = (advantages < 0) & (ratio < 1 - CLIP_LOW)
-    return losses, above | below
-
-
-def ratio_stats(ratio, clipped, counted):
-    """What is logged of the ratio, one value per sequence or per token, of those that are counted. No gradient."""
     ratio, number = ratio.detach(), counted.sum()
     return {
-        "clip_fraction": (clipped & counted).to(ratio.dtype).sum() / number,
+        "clip_fraction": ((above | below) & counted).to(ratio.dtype).sum() / number,
         "ratio_mean": ratio.masked_fill(~counted, 0.0).sum() / number,
         "ratio_min": ratio.masked_fill(~counted, math.inf).min(),
         "ratio_max": ratio.masked_fill(~counted, -math.inf).max(),
@@ -294,7 +314,7 @@ def next_kl_coef(kl_coef, mean_kl):
     return min(max(kl_coef, 0.01), 1.0)
 
 
-# ---- Data and rewards ------------------------------------------------------------------------------------------------
+# ---- Data and log-probs ----------------------------------------------------------------------------------------------
 
 
 def prompts_of_step(rows, step):
@@ -313,14 +333,6 @@ def generator_of(*purpose):
     """A random generator on the CPU that depends on SEED and purpose alone, so that nothing random needs saving."""
     digest = hashlib.sha256(repr((SEED, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-# ---- Models and log-probs --------------------------------------------------------------------------------------------
-
-
-def autocast(device):
-    """bfloat16 for matrix products on a GPU, float32 weights kept; nothing on the CPU."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def completion_logps(model, rollouts, with_entropy=False):
@@ -344,166 +356,6 @@ def completion_logps(model, rollouts, with_entropy=False):
     return logps, entropy if with_entropy else None
 
 
-# ---- Rollouts --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Rollouts:
-    """Sampled completions, groups contiguous, and what the steps of the algorithm add to them.
-
-    What was sampled is on the CPU, what is added on the policy's device. The ids that were sampled are trained on.
-    """
-
-    prompts: list  # B rows of the data
-    texts: list  # B completions as text, with what the prompt has begun of them, and without the end of sequence
-    input_ids: torch.Tensor  # (B, P + T) prompt, completion, padding
-    prompt_lengths: torch.Tensor  # (B,)
-    completion_lengths: torch.Tensor  # (B,) end of sequence included
-    completion_mask: torch.Tensor  # (B, T) True up to and including the end of sequence
-    sampled_logps: torch.Tensor  # (B, T) as the sampler saw them
-    truncated: torch.Tensor  # (B,) True where MAX_COMPLETION_TOKENS came before the end of sequence
-    rewards: torch.Tensor = None  # (B,), or (B, T) where each token has its own
-    ref_logps: torch.Tensor = None  # (B, T) log π_ref, None without a KL term
-    old_logps: torch.Tensor = None  # (B, T) log π_old
-    advantages: torch.Tensor = None  # (B,), or (B, T)
-
-    @property
-    def lengths(self):
-        return self.prompt_lengths + self.completion_lengths
-
-    def select(self, rows):
-        """The completions of these numbers, in that order, with every field. rows: on the CPU."""
-
-        def chosen(values):
-            if isinstance(values, torch.Tensor):
-                return values[rows.to(values.device)]
-            return None if values is None else [values[i] for i in rows.tolist()]
-
-        return Rollouts(**{name: chosen(values) for name, values in vars(self).items()})
-
-
-def join(parts):
-    """Rollouts as one, padded to the longest."""
-    joined = {}
-    for name, first in vars(parts[0]).items():
-        if first is not None:
-            rows = [row for part in parts for row in getattr(part, name)]
-            if isinstance(first, torch.Tensor):
-                rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if first.dim() > 1 else torch.stack(rows)
-            joined[name] = rows
-    return Rollouts(**joined)
-
-
-def sample_tokens(logits, uniform):
-    """One token per row by inverting the cumulative distribution at uniform (rows,), or the best token if it is None.
-
-    Returns tokens and their log-probs under the full distribution, both (rows,).
-    """
-    probs = full = (logits.float() / TEMPERATURE if TEMPERATURE != 1 else logits.float()).softmax(-1)  # (rows, V)
-    if uniform is None:
-        tokens = probs.argmax(-1)
-    else:
-        if TOP_P < 1:
-            ranked, order = probs.sort(-1, descending=True)
-            outside = ranked.cumsum(-1) - ranked >= TOP_P  # the most likely token always stays
-            probs = probs.scatter(-1, order, ranked.masked_fill(outside, 0.0))
-        tokens = invert_cumulative(probs, uniform)
-    return tokens, full.gather(1, tokens[:, None]).squeeze(1).log()
-
-
-def steps_between_looks(device):
-    """After how many tokens the sampler looks who has ended: on a GPU, which a look makes wait, not after each."""
-    return 16 if device.type == "cuda" else 1
-
-
-@torch.no_grad()
-def sample_completions(model, tokenizer, eos_ids, rows, group_size, uniform):
-    """group_size completions of each row's prompt, all together: Rollouts.
-
-    uniform (B, MAX_COMPLETION_TOKENS): numbers in [0, 1) that decide each token; None decodes greedily. Each prompt
-    goes through the model once, and its key/value cache is repeated for the group. Finished rows leave the batch.
-    """
-    device, steps, batch = model.device, MAX_COMPLETION_TOKENS, len(rows) * group_size
-    lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
-    width = int(lengths.max())
-    pad_id = tokenizer.pad_token_id
-    padded = [[pad_id] * (width - len(row["prompt_ids"])) + row["prompt_ids"] for row in rows]
-    prompt_ids = torch.tensor(padded)  # (prompts, P), padded on the left
-    visible = torch.arange(width + steps) >= (width - lengths)[:, None]  # (prompts, P + T)
-    uniform = None if uniform is None else uniform.to(device)
-    prompt_ids, visible, next_position = prompt_ids.to(device), visible.to(device), lengths.to(device)
-    eos_ids = torch.tensor(eos_ids, device=device)
-    look_every = steps_between_looks(device)
-
-    completion_ids = torch.full((batch, steps), pad_id, device=device)
-    logps = torch.zeros(batch, steps, device=device)
-    completion_lengths = torch.zeros(batch, dtype=torch.long, device=device)
-    cache, seen = GrowingCache(width + steps), visible[:, None, None, :width]  # (prompts, 1, 1, P)
-    with autocast(device):
-        hidden = model.base_model(
-            input_ids=prompt_ids,
-            attention_mask=(seen | torch.eye(width, dtype=torch.bool, device=device)).tril(),  # (prompts, 1, P, P)
-            position_ids=(visible[:, :width].cumsum(1) - 1).clamp(min=0),
-            **with_cache(model.base_model, cache),
-        ).last_hidden_state[:, -1]  # (prompts, H)
-    place = torch.arange(batch, device=device)  # where each row of the shrinking batch belongs
-    cache.select(place // group_size)
-    hidden, visible, next_position = (x[place // group_size] for x in (hidden, visible, next_position))
-    running = torch.ones(batch, dtype=torch.bool, device=device)
-    with torch.inference_mode(), autocast(device):  # another autocast: each keeps copies of the weights until it ends
-        decode = decoder_of(model)
-        for t in range(steps):
-            logits = model.get_output_embeddings()(hidden)  # (rows, V)
-            tokens, logps[place, t] = sample_tokens(logits, None if uniform is None else uniform[place, t])
-            completion_ids[place, t] = tokens
-            completion_lengths[place] += running
-            running &= ~torch.isin(tokens, eos_ids)
-            left = int(running.sum()) if (t + 1) % look_every == 0 else len(running)
-            if left == 0 or t == steps - 1:
-                break
-            if left <= 0.75 * len(running):  # not at every end: copying the cache costs more than a few idle rows
-                keep = running.nonzero().squeeze(1)
-                cache.select(keep)
-                place, tokens, running, visible, next_position = (
-                    x[keep] for x in (place, tokens, running, visible, next_position)
-                )
-            hidden = decode(tokens, next_position, cache, visible[:, : width + t + 1])  # (rows, H)
-            next_position = next_position + 1
-
-    truncated = torch.zeros(batch, dtype=torch.bool, device=device)
-    truncated[place] = running
-    return assemble(
-        tokenizer, rows, group_size, completion_ids.cpu(), completion_lengths.cpu(), logps.cpu(), truncated.cpu()
-    )
-
-
-def on_last_token(values, rollouts):
-    """(B,) -> (B, T): what is said of completions, put on the last token of each."""
-    last = rollouts.completion_lengths[:, None] - 1
-    return torch.zeros(rollouts.completion_mask.shape).scatter(1, last, values[:, None].float())
-
-
-def assemble(tokenizer, rows, group_size, completion_ids, completion_lengths, logps, truncated):
-    """Rollouts from what was sampled: masks from lengths, prompts and completions side by side without a gap."""
-    prompts = [row for row in rows for _ in range(group_size)]
-    longest = int(completion_lengths.max())
-    completion_mask = torch.arange(longest) < completion_lengths[:, None]  # (B, T)
-    completions = [ids[:n].tolist() for ids, n in zip(completion_ids, completion_lengths, strict=True)]
-    written = [ids[: len(ids) - ended] for ids, ended in zip(completions, (~truncated).tolist(), strict=True)]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=False)  # <think> is part of what a model wrote
-    sequences = [torch.tensor(row["prompt_ids"] + ids) for row, ids in zip(prompts, completions, strict=True)]
-    return Rollouts(
-        prompts=prompts,
-        texts=[row.get("begun", "") + text for row, text in zip(prompts, texts, strict=True)],
-        input_ids=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
-        prompt_lengths=torch.tensor([len(row["prompt_ids"]) for row in prompts]),
-        completion_lengths=completion_lengths,
-        completion_mask=completion_mask,
-        sampled_logps=logps[:, :longest].masked_fill(~completion_mask, 0.0),
-        truncated=truncated,
-    )
-
-
 # ---- Trainer ---------------------------------------------------------------------------------------------------------
 
 
@@ -512,28 +364,34 @@ class GSPOTrainer:
 
     def __init__(self):
         self.constants = configs.snapshot(globals())
-        devices, weights = configs.choose_devices(POLICY_DEVICE, REF_DEVICE, REWARD_DEVICE), parse_rewards(REWARDS)
-        self.policy_device, self.ref_device, self.reward_device = devices
+        self.devices = configs.choose_devices(POLICY_DEVICE, REF_DEVICE, REWARD_DEVICE)
+        self.policy_device, ref_device, reward_device = self.devices
+        weights = parse_rewards(REWARDS)
         find_reward(EVAL_REWARD, "EVAL_REWARD")
-        loaded = load_all(self.constants, devices, weights, generator_of("held out"))
-        self.train_rows, self.eval_rows = loaded.train_rows, loaded.eval_rows
-        self.tokenizer, self.eos_ids = loaded.tokenizer, loaded.eos_ids
-        self.policy, self.adapter, self.ref_model = loaded.policy, loaded.adapter, loaded.ref_model
-        self.reward_model = loaded.reward_model
+        inputs = load_inputs(self.constants, self.devices, generator_of("held out"))
+        self.train_rows, self.eval_rows = inputs.train_rows, inputs.eval_rows
+        self.tokenizer, self.eos_ids = inputs.tokenizer, inputs.eos_ids
+        self.policy, self.adapter, self.reference = inputs.policy, inputs.adapter, inputs.reference
+        self.reward_model = None
+        if "reward_model" in weights:
+            self.reward_model = load_reward_model(self.constants, reward_device, self.tokenizer)
+        scored = (weights, self.reward_model, self.train_rows, self.eval_rows)
+        self.eval_rows = check_scoring(self.constants, *scored)
         self.rewards, self.eval_reward = Rewards(weights, self.reward_model), Rewards({EVAL_REWARD: 1.0})
 
-        elsewhere = {self.ref_device, self.reward_device} - {self.policy_device}
-        self.worker = ThreadPoolExecutor(1) if elsewhere else InTurn()
+        self.fit_to_memory = FitToMemory()
+        at_once = SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE
+        self.sampler = Sampler(self.policy, self.tokenizer, self.eos_ids, at_once, self.fit_to_memory)
+        self.worker = worker_beside(self.policy_device, (ref_device, reward_device))
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
-        self.fits = Fits()  # halves what goes through a model at once where memory runs out
         self.metrics_history, self.samples, self.skipped = [], [], []
         self.run = None  # made by train(), so that a run that never started leaves nothing behind
 
     def train_step(self, step):
         """One step (from 1), in the order of the docstring at the top. Returns its metrics."""
-        clock = Clock(self.policy_device, self.ref_device, self.reward_device)
+        clock = Clock(*self.devices)
         self.set_learning_rate(self.learning_rate_at(step))
         with clock("rollout"):
             rollouts = self.generate_responses_with_group_sampling(step)
@@ -551,32 +409,19 @@ class GSPOTrainer:
 
     # -- 1. Sample
 
-    def generate_responses_with_group_sampling(self, step):
+    def generate_responses_with_group_sampling(self, step) -> Rollouts:
         """GROUP_SIZE completions of each of the step's prompts from the policy as it is."""
         return self.sample(prompts_of_step(self.train_rows, step), GROUP_SIZE, ("rollout", step))
 
-    def sample(self, rows, group_size, purpose, greedy=False):
-        """group_size completions of each row's prompt, as many at once as SAMPLED_AT_ONCE says, be it part of a group.
+    def sample(self, rows, group_size, purpose, greedy=False) -> Rollouts:
+        """group_size completions of each row's prompt: Rollouts.
 
         Randomness depends on SEED, purpose and the place of each completion, not on how many are sampled at once.
         """
         shape = (len(rows) * group_size, MAX_COMPLETION_TOKENS)
         uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator_of(*purpose))
-
-        def sample_in_parts(at_once):
-            parts, prompts, most = [], max(1, at_once // group_size), min(at_once, group_size)
-            for i in range(0, len(rows), prompts):
-                for first in range(0, group_size, most):
-                    size, chosen = min(most, group_size - first), None
-                    if not greedy:
-                        chosen = uniform.view(len(rows), group_size, -1)[i : i + prompts, first : first + size].flatten(
-                            0, 1
-                        )
-                    part = (rows[i : i + prompts], size, chosen)
-                    parts.append(sample_completions(self.policy, self.tokenizer, self.eos_ids, *part))
-            return parts[0] if len(parts) == 1 else join(parts)
-
-        return self.fits("sampling", SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE, sample_in_parts)
+        limits = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_COMPLETION_TOKENS}
+        return self.sampler(rows, group_size, uniform, **limits)
 
     # -- 2. Score
 
@@ -602,7 +447,7 @@ class GSPOTrainer:
                 logps[part.to(model.device)], _ = completion_logps(model, rollouts.select(part))
             return logps
 
-        return self.fits("log-probs", MICRO_BATCH_TOKENS, compute)
+        return self.fit_to_memory("log-probs", MICRO_BATCH_TOKENS, compute)
 
     def compute_old_logps(self, rollouts):
         """log π_old, of the policy that sampled: (B, T). It is the policy as it stands, before the step's updates.
@@ -616,20 +461,16 @@ class GSPOTrainer:
 
     def compute_ref_logps(self, rollouts):
         """log π_ref, (B, T): of the reference model, or of the policy without its adapter; None without a KL term."""
-        if self.ref_model is not None:
-            return self.compute_log_probs(self.ref_model, rollouts)
-        if self.adapter is None or KL_COEF == 0 and not ADAPTIVE_KL:
+        if self.reference is None:
             return None
-        with self.adapter.disable_adapter():
-            return self.compute_log_probs(self.policy, rollouts)
+        with self.reference as model:
+            return self.compute_log_probs(model, rollouts)
 
     def add_scores(self, rollouts, clock):
         """Adds rewards, old_logps and ref_logps. Models on devices of their own work while the policy does."""
         rewards = self.worker.submit(self.score, rollouts)
-        if self.ref_model is not None:
-            ref_logps = self.worker.submit(self.compute_ref_logps, rollouts)
-        else:  # the policy takes its turn
-            ref_logps = InTurn().submit(self.compute_ref_logps, rollouts)
+        beside = self.worker if self.reference is not None and not self.reference.is_policy else LazyWorker()
+        ref_logps = beside.submit(self.compute_ref_logps, rollouts)
         with clock("logps"):
             rollouts.old_logps = self.compute_old_logps(rollouts)
         with clock("reward"):
@@ -664,7 +505,9 @@ class GSPOTrainer:
         advantage, whose ratio moves nothing, counts with a ratio of 1. A loss or gradient that is not finite moves
         nothing: the step is skipped, and counted by its grad_norm.
         """
-        logps, stats = self.fits("updates", MICRO_BATCH_TOKENS, lambda budget: self.compute_gradient(batch, budget))
+        logps, stats = self.fit_to_memory(
+            "updates", MICRO_BATCH_TOKENS, lambda budget: self.compute_gradient(batch, budget)
+        )
         norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
         finite = torch.stack([norm, *stats.values()]).isfinite().all()
         stats["grad_norm"] = torch.where(finite, norm, math.nan)
@@ -672,8 +515,8 @@ class GSPOTrainer:
             self.optimizer.step()
         mask = batch.completion_mask.to(self.policy_device)
         with_advantage = batch.advantages.view(len(mask), -1).any(1, keepdim=True)
-        of_ratio = torch.where(with_advantage, logps, batch.old_logps)
-        stats |= compute_policy_loss(of_ratio, batch.old_logps, batch.advantages, mask)[1]
+        ratio = compute_ratio(torch.where(with_advantage, logps, batch.old_logps), batch.old_logps, mask)
+        stats |= ratio_stats(ratio, batch.advantages, mask)
         if batch.ref_logps is not None:
             stats["kl_divergence"] = per_token(compute_kl(logps, batch.ref_logps), mask)
         return stats
@@ -687,6 +530,10 @@ class GSPOTrainer:
         chosen, (_, divisor) = rows_that_move(batch), token_weights(batch.completion_mask)
         moving, logps, stats = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True), {}
         self.optimizer.zero_grad()
+        if len(chosen) == 0:  # the gradient is zero rather than absent, so that AdamW's averages go on
+            stats["policy_loss"] = torch.zeros((), device=self.policy_device)
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
         for rows in micro_batches(moving.lengths, budget):
             part = moving.select(rows)
@@ -741,17 +588,32 @@ class GSPOTrainer:
             "completion_tokens": tokens,
             "avg_response_length": tokens / len(rollouts.texts),
             "truncated": rollouts.truncated.double().mean().item(),
-            "memory_halvings": self.fits.halvings.total(),
+            "memory_halvings": self.fit_to_memory.halvings.total(),
         }
 
     # -- Around the steps
 
     def train(self):
         """Trains for MAX_STEPS steps. Returns metrics_history, which is also what metrics.jsonl holds."""
+        set_up_process(self.policy_device)
         with Run(self) as self.run:
-            for step in self.run.steps():
-                self.run.end_of_step(step, self.train_step(step))
+            for step in self.run.steps():  # from 0, the evaluation before training
+                metrics = self.run.unfinished or self.train_step(step)
+                self.run.keep(step, metrics)
+                if self.run.evaluation_is_due(step):
+                    metrics |= self.evaluate()
+                self.run.finish_step(step, metrics)
         return self.metrics_history
+
+    def evaluate(self):
+        """Held-out accuracy: of EVAL_SAMPLES sampled completions per prompt, and of a greedy one.
+
+        The random numbers are the same each time, so that two evaluations differ by the policy alone.
+        """
+        sampled = self.sample(self.eval_rows, EVAL_SAMPLES, ("evaluation",))
+        greedy = self.sample(self.eval_rows, 1, ("evaluation",), greedy=True)
+        self.eval_texts = greedy.texts
+        return evaluation_metrics(sampled, greedy, self.eval_reward, PASS_AT)
 
     def set_learning_rate(self, learning_rate):
         for group in self.optimizer.param_groups:
@@ -778,14 +640,12 @@ class GSPOTrainer:
 def rows_that_move(batch):
     """Which completions of a batch can move the policy: without KL and entropy terms only those with an advantage.
 
-    The others count in the loss's mean, but need not go through the model. One stays if none has an advantage, so that
-    the gradient is zero rather than absent, and AdamW goes on.
+    The others count in the loss's mean, but need not go through the model.
     """
     every = torch.arange(len(batch.texts))
     if batch.ref_logps is not None or ENTROPY_COEF > 0:
         return every
-    moving = batch.advantages.view(len(every), -1).any(1).cpu()
-    return every[moving] if moving.any() else every[:1]
+    return every[batch.advantages.view(len(every), -1).any(1).cpu()]
 
 
 def per_token(values, completion_mask):

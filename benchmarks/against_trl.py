@@ -41,8 +41,6 @@ import torch
 import transformers
 from workloads import ROOT, WORKLOADS, flops, grpo, peak_flops, peak_memory, prepare, set_constants, synchronize
 
-from metrics import evaluate
-
 NAMES = {"ours": "grpo.py", "trl": "TRL's GRPOTrainer"}
 PHASES = ("rollout", "scoring", "update")
 ONE_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}  # for either
@@ -75,7 +73,7 @@ def peak_now():
 def accuracy(trainer, workload):
     if workload != "embedded":
         return {}
-    found = evaluate(trainer, trainer.constants)[0]
+    found = trainer.evaluate()
     return {"sampled": found["eval_accuracy"], "greedy": found["eval_accuracy_greedy"]}
 
 

@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gspo
+from engine.sampling import assemble
 
 
 class OneAtATime(gspo.GSPOTrainer):
@@ -40,7 +41,7 @@ class OneAtATime(gspo.GSPOTrainer):
         padded = torch.nn.utils.rnn.pad_sequence(completions, True, self.tokenizer.pad_token_id)
         truncated = torch.tensor([int(ids[-1]) not in self.eos_ids for ids in completions])
         no_logps = torch.zeros(padded.shape)
-        return gspo.assemble(self.tokenizer, rows, gspo.GROUP_SIZE, padded, lengths, no_logps, truncated)
+        return assemble(self.tokenizer, rows, gspo.GROUP_SIZE, padded, lengths, no_logps, truncated)
 
     def train_step(self, step):
         budget, gspo.MICRO_BATCH_TOKENS = gspo.MICRO_BATCH_TOKENS, 1

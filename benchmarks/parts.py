@@ -24,9 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before tor
 import torch
 from workloads import flops, grpo, parse_with_workloads, peak_flops, prepare, set_constants, synchronize
 
-import attention
-import decoding
-import kernels
+from engine import decoding, packing, sampling, vocabulary
 
 
 def plain_token_logps(hidden, targets, head, with_entropy, at_once):
@@ -49,11 +47,15 @@ def parts_of(trainer):
     patch = mock.patch.object
     return [
         ("the sampler's own decode step", "rollout", lambda: patch(decoding, "FAMILY", ())),
-        ("two-level inversion", "rollout", lambda: patch(grpo, "invert_cumulative", lambda *a: kernels._passes(*a)[0])),
+        (
+            "two-level inversion",
+            "rollout",
+            lambda: patch(sampling, "invert_cumulative", lambda *a: vocabulary._passes(*a)[0]),
+        ),
         ("sampling in inference mode", "rollout", lambda: patch(torch, "inference_mode", torch.no_grad)),
         ("the head by blocks of the vocabulary", "update", lambda: patch(grpo, "token_logps", plain_token_logps)),
         ("logits kept for the backward pass", "update", lambda: patch(grpo, "LOGITS_AT_ONCE", 2**22)),
-        ("attention by rows of like length", "update", lambda: patch(attention, "alike", lambda lengths: [lengths])),
+        ("attention by rows of like length", "update", lambda: patch(packing, "split_by_length", lambda n: [n])),
         ("fused AdamW", "update", lambda: not_fused(trainer.optimizer)),
     ]
 

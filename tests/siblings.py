@@ -18,7 +18,6 @@ OWN = ("docstring", "Constants", "Algorithm")
 EXEMPTIONS = {
     "grpo": {},
     "dapo": {
-        "Rollouts": "completions carry whether an earlier policy sampled them",
         "DAPOTrainer": "dynamic sampling has a state: surplus groups, and how many rounds there were",
         "DAPOTrainer.generate_responses_with_group_sampling": "dynamic sampling: drops dead groups and refills",
         "DAPOTrainer.compute_old_logps": "of a surplus group, π_old is the policy of the step that sampled it",

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-import answers
 import configs
 import rewards
+from scoring import answers
 
 LINES = [
     [cell.strip().strip("`") for cell in line.split("|")[3:6]]
@@ -115,7 +115,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("answer", "completion", "reward"), LINES)
 def test_each_line_of_the_table_in_docs(answer, completion, reward):
-    assert rewards.math("p", completion, {"answer": answer}) == float(reward)
+    assert rewards.math_reward("p", completion, {"answer": answer}) == float(reward)
 
 
 def test_forms_of_a_right_answer_are_right_and_others_are_not():

@@ -24,7 +24,7 @@ import configs
 import dapo
 import grpo
 import gspo
-from loading import load_prompts
+from inputs.prompts import load_prompts
 
 QUIET = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)  # Python does not print them
 LIBRARIES = ("transformers", "datasets", "huggingface_hub", "peft")

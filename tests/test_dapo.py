@@ -8,6 +8,7 @@ import configs
 import dapo
 import gspo
 import plotting
+from engine.rollouts import Rollouts
 
 
 @pytest.fixture
@@ -30,8 +31,10 @@ def group_of(rollouts, number):
 
 def test_dead_groups_are_dropped_the_batch_is_refilled_and_surplus_opens_the_next(small, monkeypatch):
     sampled, trainer = [], small.DAPOTrainer()
-    sample_completions = dapo.sample_completions
-    monkeypatch.setattr(dapo, "sample_completions", lambda *a: (sampled.append(sample_completions(*a)), sampled[-1])[1])
+    sample_together = trainer.sampler.sample_together
+    monkeypatch.setattr(
+        trainer.sampler, "sample_together", lambda *a: (sampled.append(sample_together(*a)), sampled[-1])[1]
+    )
     rounds = [[RIGHT, MIXED, WRONG, MIXED], [MIXED, WRONG, MIXED, MIXED], [MIXED, MIXED, MIXED, RIGHT]]
     trainer.compute_rewards = rewards_from([group for groups in rounds for group in groups])
     first, second = (trainer.generate_responses_with_group_sampling(step) for step in (1, 2))
@@ -56,7 +59,7 @@ def test_completions_survive_being_taken_apart_and_joined(small):
     small.DYNAMIC_SAMPLING = False
     rollouts = trainer.generate_responses_with_group_sampling(1)
     longer = trainer.generate_responses_with_group_sampling(2)
-    joined = dapo.join([group_of(rollouts, 2), group_of(longer, 1)])
+    joined = Rollouts.join([group_of(rollouts, 2), group_of(longer, 1)])
     for batch, number, place in ((rollouts, 2, 0), (longer, 1, 4)):
         for i in range(4):
             there, here = group_of(batch, number), joined

@@ -13,13 +13,15 @@ from conftest import SCRIPTS, shrink, trainer_of
 
 import configs
 import rewards
-from metrics import evaluate
+from scoring import rules
 
 ROOT = Path(configs.HERE)
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 BY_NAME = {script.__name__: script for script in SCRIPTS}
 CONSTANTS = {name: configs.constant_values(vars(script)) for name, script in BY_NAME.items()}
-EVERY = {name for values in CONSTANTS.values() for name in values} | {name for name in vars(rewards) if name.isupper()}
+EVERY = {name for values in CONSTANTS.values() for name in values} | {
+    name for module in (rewards, rules) for name in vars(module) if name.isupper()
+}
 over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -56,7 +58,7 @@ def test_every_flag_named_exists(page):
     for program in [
         *BY_NAME,
         "plotting",
-        "page",
+        "bookkeeping/sample_page",
         "benchmarks/memory",
         "benchmarks/seeds",
         "benchmarks/compare",
@@ -121,7 +123,7 @@ def test_quoted_defaults_are_those_of_the_script(name):
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_logged_metric_is_explained_and_no_other(name, tmp_path):
     trainer = trainer_of(shrink(BY_NAME[name], tmp_path))
-    logged = set(trainer.train_step(1)) - {"step"} | set(evaluate(trainer, trainer.constants)[0])
+    logged = set(trainer.train_step(1)) - {"step"} | set(trainer.evaluate())
     explained = {
         metric
         for row in rows_of(ROOT / "docs" / f"{name}.md", "Metrics")

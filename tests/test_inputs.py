@@ -11,9 +11,11 @@ import torch
 import transformers
 
 import configs
-import gspo
-import loading
-from loading import encode_prompts, hold_out, load_prompts, load_tokenizer
+from engine.sampling import assemble
+from inputs import errors, models
+from inputs.chat import encode_prompts
+from inputs.models import load_tokenizer
+from inputs.prompts import hold_out, load_prompts
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
@@ -103,7 +105,7 @@ def test_a_begun_answer_is_continued_and_counts_to_the_completion(tmp_path):
     tokenizer = chat_tokenizer()
     ids = tokenizer("7+6=#13")["input_ids"]
     parts = torch.tensor([ids]), torch.tensor([len(ids)]), torch.zeros(1, len(ids)), torch.tensor([True])
-    assert gspo.assemble(tokenizer, rows, 1, *parts).texts == ["<think>Let me7+6=#13"]
+    assert assemble(tokenizer, rows, 1, *parts).texts == ["<think>Let me7+6=#13"]
 
 
 @pytest.mark.parametrize("text", ["Let me compute 13 + ", "Of 13 pens", "It is 131."])
@@ -161,20 +163,20 @@ def test_what_a_rule_reads_has_special_tokens_but_no_end():
     for ended in (True, False):
         taken = ids if ended else ids[:-1]
         parts = torch.tensor([taken]), torch.tensor([len(taken)]), torch.zeros(1, len(taken)), torch.tensor([not ended])
-        assert gspo.assemble(tokenizer, [{"prompt_ids": [5]}], 1, *parts).texts == ["<answer>7</answer>"]
+        assert assemble(tokenizer, [{"prompt_ids": [5]}], 1, *parts).texts == ["<answer>7</answer>"]
 
 
 # ---- Remedies by their cause
 
 
 def test_an_unusable_cache_is_named_and_other_errors_are_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading.huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(errors.huggingface_hub.constants, "HF_HOME", str(tmp_path))
     refused = PermissionError(13, "Permission denied", str(tmp_path / "datasets"))
     wrapped = RuntimeError("failed")
     wrapped.__cause__ = refused
     for error in (refused, wrapped):
-        assert f"the cache {tmp_path} cannot be used: set HF_HOME" in loading.hub_remedy("id", "a file", error)
-    assert "HF_HOME" not in loading.hub_remedy("id", "a file", FileNotFoundError(2, "none", "/elsewhere"))
+        assert f"the cache {tmp_path} cannot be used: set HF_HOME" in errors.hub_remedy("id", "a file", error)
+    assert "HF_HOME" not in errors.hub_remedy("id", "a file", FileNotFoundError(2, "none", "/elsewhere"))
 
 
 def test_a_rotation_that_depends_on_the_longest_sequence_is_refused_where_it_can_change():
@@ -197,6 +199,6 @@ def test_a_rotation_that_depends_on_the_longest_sequence_is_refused_where_it_can
         bos_token_id=2,
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
-    loading.check_rotation(model, 32)
+    models.check_rotation(model, 32)
     with pytest.raises(configs.InputError, match="longrope.* longer than 32 tokens.* --max-completion-tokens"):
-        loading.check_rotation(model, 33)
+        models.check_rotation(model, 33)

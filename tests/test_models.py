@@ -12,12 +12,16 @@ import torch
 import transformers
 from conftest import SCRIPTS, trainer_of
 
-import attention
 import configs
 import dapo
 import grpo
 import gspo
-import loading
+from engine import packing
+from engine.sampling import assemble
+from inputs import load
+from inputs.chat import encode_prompts
+from inputs.prompts import load_prompts
+from scoring.reward_models import RewardModel
 
 datasets.disable_progress_bars()  # stderr is for what a person is to read
 ARITHMETIC = configs.HERE / "data/models/arithmetic-policy"
@@ -166,7 +170,7 @@ def test_lora_trains_the_adapter_alone_and_final_holds_it_merged(model_folder, g
     trainer = set_up(script, model_folder(name), gsm8k_files, LORA_RANK=4, LEARNING_RATE=0.05)
     script.OVERLONG_FILTER = False  # of dapo.py: a random model seldom ends
     rollouts = trainer.generate_responses_with_group_sampling(1)
-    assert trainer.ref_model is None
+    assert trainer.reference is None or trainer.reference.is_policy
     first = trainer.compute_log_probs(trainer.policy, rollouts)
     before = weights(trainer.policy)
     history = trainer.train()
@@ -186,7 +190,9 @@ def test_lora_trains_the_adapter_alone_and_final_holds_it_merged(model_folder, g
     assert not list(folder.rglob("README.md"))  # peft's form, which nobody has filled in
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder / "final", output_loading_info=True)
     assert not any(info.values())
+    model.set_attn_implementation(packing.NAME)
     torch.testing.assert_close(trainer.compute_log_probs(model.eval(), rollouts), now, rtol=1e-4, atol=1e-4)
+    model.set_attn_implementation("sdpa")
     torch.testing.assert_close(trainer.compute_log_probs(trainer.policy, rollouts), now, rtol=1e-4, atol=1e-5)
     assert generates(model, trainer) and not (folder / "final/adapter_config.json").exists()
 
@@ -209,7 +215,9 @@ def test_without_merging_final_is_the_adapter_alone(model_folder, gsm8k_files):
     model = peft.PeftModel.from_pretrained(base, final).eval()
     rollouts = trainer.generate_responses_with_group_sampling(3)
     expected = trainer.compute_log_probs(trainer.policy, rollouts)
+    model.base_model.model.set_attn_implementation(packing.NAME)
     torch.testing.assert_close(trainer.compute_log_probs(model.base_model.model, rollouts), expected)
+    model.base_model.model.set_attn_implementation("sdpa")
     assert generates(model, trainer)
 
 
@@ -290,18 +298,18 @@ def test_prompts_may_be_lists_of_messages_and_base_models_get_the_plain_text(tok
     ]
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"prompt": chat, "answer": 5}) + "\n")
-    rows = loading.load_prompts(str(path), "PROMPTS", "prompt", "answer")
+    rows = load_prompts(str(path), "PROMPTS", "prompt", "answer")
     assert rows[0]["messages"] == chat and rows[0]["answer"] == "5"
-    (row,) = loading.encode_prompts(rows, tokenizer, 99, "here")
+    (row,) = encode_prompts(rows, tokenizer, 99, "here")
     assert row["prompt_text"].count("<|im_start|>") == 4 and "assistant\nYes?<|im_end|>" in row["prompt_text"]
     plain = transformers.AutoTokenizer.from_pretrained(configs.HERE / "data/models/arithmetic-policy")
     plain.chat_template = None
-    assert loading.encode_prompts(rows, plain, 99, "here")[0]["prompt_text"] == "Hi\nYes?\n2+3"
+    assert encode_prompts(rows, plain, 99, "here")[0]["prompt_text"] == "Hi\nYes?\n2+3"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_every_kind_of_file_gives_the_same_rows(gsm8k_files, kind):
-    rows = loading.load_prompts(str(gsm8k_files / f"rows.{kind}"), "PROMPTS", "question", "answer")
+    rows = load_prompts(str(gsm8k_files / f"rows.{kind}"), "PROMPTS", "question", "answer")
     expected = gsm8k_rows(24)
     assert [(row["prompt"], row["answer"]) for row in rows] == [(row["question"], row["answer"]) for row in expected]
 
@@ -314,7 +322,7 @@ def test_a_hub_dataset_is_read_by_configuration_and_split(monkeypatch):
         return datasets.Dataset.from_list(gsm8k_rows(3))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = loading.load_prompts("openai/gsm8k", "PROMPTS", "question", "answer", "main", "test")
+    rows = load_prompts("openai/gsm8k", "PROMPTS", "question", "answer", "main", "test")
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})] and len(rows) == 3
 
 
@@ -347,14 +355,14 @@ def test_prompts_are_held_out_by_share_and_long_ones_left_out_and_counted(model_
 
 def test_the_embedded_task_is_not_what_another_one_is_evaluated_on(model_folder, gsm8k_files, capsys):
     shipped = [(script.PROMPTS, script.EVAL_PROMPTS) for script in SCRIPTS]
-    assert shipped == [loading.EMBEDDED] * len(SCRIPTS)
-    trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, EVAL_PROMPTS=loading.EMBEDDED[1], EVAL_SIZE=99)
+    assert shipped == [load.EMBEDDED] * len(SCRIPTS)
+    trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, EVAL_PROMPTS=load.EMBEDDED[1], EVAL_SIZE=99)
     questions = {row["question"] for row in gsm8k_rows(24)}
     assert {row["prompt"] for row in trainer.train_rows + trainer.eval_rows} == questions
     assert len(trainer.eval_rows) == 1 and len(trainer.train_rows) == 23
     out = capsys.readouterr().out
     assert out.count("holding out 5% of PROMPTS") == 1
-    vars(gspo).update(PROMPTS=loading.EMBEDDED[0], PROMPT_COLUMN="prompt")
+    vars(gspo).update(PROMPTS=load.EMBEDDED[0], PROMPT_COLUMN="prompt")
     assert len(trainer_of(gspo).train_rows) == 4096 and "holding out" not in capsys.readouterr().out
 
 
@@ -379,7 +387,7 @@ def test_a_reward_model_sees_its_own_template_and_a_cut_is_counted(tokenizer, mo
         **SIZES | {"max_position_embeddings": 48}, vocab_size=len(tokenizer), num_labels=1
     )
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    reward = loading.RewardModel(model, tokenizer, "made here", lambda lengths: attention.micro_batches(lengths, 30))
+    reward = RewardModel(model, tokenizer, "made here", lambda lengths: packing.micro_batches(lengths, 30))
     rows = [{"prompt": "2+3", "messages": [{"role": "user", "content": "2+3"}]}] * 3
     texts = ["5", "6 and more words to make it long" * 8, "5"]
     scores = reward(rows, texts, None)
@@ -448,7 +456,7 @@ def test_only_the_tokens_that_end_a_step_are_scored(model_folder, gsm8k_files, t
     completions = [tokenizer(text)["input_ids"] for text in ("2+2\n\n4+4\n\n#### 8", "none", "a\n\n")]
     lengths, rows = torch.tensor([len(ids) for ids in completions]), trainer.train_rows[:3]
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in completions], batch_first=True)
-    rollouts = gspo.assemble(tokenizer, rows, 1, padded, lengths, torch.zeros(padded.shape), lengths > 0)
+    rollouts = assemble(tokenizer, rows, 1, padded, lengths, torch.zeros(padded.shape), lengths > 0)
     scored = trainer.compute_rewards(rollouts) != 0
     for i, ids in enumerate(completions):
         counts = [tokenizer.decode(ids[: t + 1]).count("\n\n") for t in range(len(ids))]

@@ -19,9 +19,8 @@ from conftest import trainer_of
 
 import configs
 import gspo
-import loading
-import metrics
-import page
+from bookkeeping import evaluation, metrics, sample_page
+from scoring import rules
 
 NASTY = "<script>document.title = 'owned'</script>\"'&<img src=x onerror=\"document.title='owned'\">"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -36,7 +35,7 @@ def sample(step=1, prompt="1+1=", text="2", advantage=0.5, **more):
 
 def write(folder, samples):
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    return page.draw_samples(folder)
+    return sample_page.draw_samples(folder)
 
 
 class Text(html.parser.HTMLParser):
@@ -73,14 +72,14 @@ def test_a_token_is_coloured_by_the_change_of_its_log_prob(tmp_path):
 def test_a_page_reads_the_end_of_the_samples_alone(tmp_path, monkeypatch):
     rows, loads, read = [sample(step) for step in range(1, 500)], json.loads, []
     rows[-1]["logp_change"] = [None] * len(rows[-1]["logp_change"])  # as what was no number is written
-    monkeypatch.setattr(page, "MOST_TOKENS", 3 * rows[0]["tokens"])
-    monkeypatch.setattr(page.json, "loads", lambda text: (read.append(text), loads(text))[1])
+    monkeypatch.setattr(sample_page, "MOST_TOKENS", 3 * rows[0]["tokens"])
+    monkeypatch.setattr(sample_page.json, "loads", lambda text: (read.append(text), loads(text))[1])
     assert "Steps 497 to 499" in Text(write(tmp_path, rows).read_text()).text
     assert len(read) < 9
 
 
 def test_groups_stand_together_and_a_long_run_shows_its_latest_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "MOST_TOKENS", 8)
+    monkeypatch.setattr(sample_page, "MOST_TOKENS", 8)
     rows = [sample(step, prompt, truncated=True) for step in range(1, 9) for prompt in ("p", "q") for _ in range(2)]
     parsed = Text(write(tmp_path, rows).read_text())
     classes = [given.get("class") for _, given in parsed.tags]
@@ -129,7 +128,7 @@ def test_the_texts_of_tokens_join_to_the_text_of_all_of_them():
 def test_a_bad_line_of_samples_is_one_line(tmp_path, capsys, line):
     (tmp_path / "samples.jsonl").write_text(line + "\n")
     with pytest.raises(SystemExit) as exit_:
-        page.main([str(tmp_path)])
+        sample_page.main([str(tmp_path)])
     err = capsys.readouterr().err
     assert exit_.value.code == 2 and "line 1" in err and err.count("\n") == 1
 
@@ -217,7 +216,7 @@ def test_boards_that_fail_are_a_warning_and_runs_of_one_name_are_two(small, monk
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: 1 / 0)
     small.WANDB_PROJECT, small.MAX_STEPS = "sums", 1
     for name in ("a", "b"):
-        monkeypatch.setattr("runs.time.strftime", lambda *_: "20260102-030405")
+        monkeypatch.setattr("bookkeeping.run.time.strftime", lambda *_: "20260102-030405")
         small.OUTPUT_DIR = small.OUTPUT_DIR.rpartition("/")[0] + "/" + name
         assert small.GSPOTrainer().train()[-1]["step"] == 1
     out = capsys.readouterr().out
@@ -251,7 +250,7 @@ def test_weights_and_biases_only_if_asked_for(small, monkeypatch, capsys):
 def test_pass_at_k_is_the_mean_over_all_choices_of_k(samples, k):
     generator = torch.Generator().manual_seed(samples)
     right = (torch.rand(6, samples, generator=generator) < 0.4).double()
-    found = metrics.accuracy_metrics(right.flatten().tolist(), samples, k)
+    found = evaluation.accuracy_metrics(right.flatten().tolist(), samples, k)
     chosen = [list(choice) for choice in itertools.combinations(range(samples), min(k, samples))]
     naive = sum(max(one[i] for i in choice) for one in right.tolist() for choice in chosen) / 6 / len(chosen)
     assert found["eval_pass_at_k"] == pytest.approx(naive)
@@ -261,10 +260,10 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k(samples, k):
 
 
 def test_wilsons_interval_is_that_of_the_closed_form():
-    low, high = metrics.wilson_interval(0.3, 50)
+    low, high = evaluation.wilson_interval(0.3, 50)
     for bound in (low, high):  # where the score test just does not reject
         assert abs(0.3 - bound) / (bound * (1 - bound) / 50) ** 0.5 == pytest.approx(1.96)
-    assert metrics.wilson_interval(1.0, 10)[1] == 1.0 and metrics.wilson_interval(1.0, 10)[0] < 0.8
+    assert evaluation.wilson_interval(1.0, 10)[1] == 1.0 and evaluation.wilson_interval(1.0, 10)[0] < 0.8
 
 
 # ---- Self-test
@@ -296,11 +295,11 @@ def test_the_selftest_passes_with_lora_whose_a_has_no_gradient_at_first(small, c
 
 
 def test_the_selftest_shows_rewards_that_all_fail(small, capsys, monkeypatch):
-    def raising(self, name, rows, texts):
+    def raising(file, name, rows, texts):
         return [(0.0, "raised KeyError: 'worth'")] * len(texts)
 
-    monkeypatch.setattr(gspo.Rewards, "_by_rule", raising)
-    monkeypatch.setattr(loading, "check_rules", lambda *_: pytest.fail("that would end it without a table"))
+    monkeypatch.setattr(rules, "score_by_rule", raising)
+    monkeypatch.setattr(rules, "check_rules", lambda *_: pytest.fail("that would end it without a table"))
     with pytest.raises(SystemExit) as exit_:
         small.main(["--selftest", "--rewards", "exact_match"])
     lines = lines_of(capsys)

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from variants import VARIANTS
 
-import attention
 import configs
 import dapo
 import grpo
 import gspo
-import rewards
+from engine import packing
+from scoring import rule_processes, rules
 
 settings.register_profile(
     "scripts",
@@ -33,6 +33,7 @@ over_scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: scr
 MODEL = transformers.Qwen3ForCausalLM(
     transformers.Qwen3Config(vocab_size=4, hidden_size=4, intermediate_size=4, num_hidden_layers=1)
 )
+MODEL.set_attn_implementation(packing.NAME)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PADDING = (0.0, -1e4, math.nan, math.inf, -math.inf)
 LOSSES = [
@@ -251,21 +252,21 @@ def test_token_advantages_have_no_nan_and_do_not_see_padding(script, kind, data)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), budget=st.integers(1, 100))
 def test_every_token_goes_through_once_whatever_the_lengths_and_the_budget(lengths, budget):
     lengths = torch.tensor(lengths)
-    batches = list(attention.micro_batches(lengths, budget))
+    batches = list(packing.micro_batches(lengths, budget))
     assert sorted(torch.cat(batches).tolist()) == list(range(len(lengths)))
     assert all(len(rows) == 1 or lengths[rows].sum() <= budget for rows in batches)
     for rows in batches:
         ids = torch.arange(int(lengths.max())) + 100 * (1 + rows[:, None])  # of row and place
-        packing = attention.Packing(MODEL, lengths[rows])
+        packed = packing.Packing(MODEL, lengths[rows])
         expected = [ids[i, : lengths[row]] for i, row in enumerate(rows)]  # one after the other
-        inputs = packing.inputs(ids)
+        inputs = packed.inputs(ids)
         assert torch.equal(inputs["input_ids"][0], torch.cat(expected))
         assert torch.equal(inputs["position_ids"][0], torch.cat(expected) % 100)
         states = inputs["input_ids"].view(1, 1, -1, 1)
-        for tokens, part in packing.parts:  # in the rows of attention each sequence is alone, and comes back as it was
-            laid_out = part.laid_out(states[:, :, tokens])  # (rows, 1, width, 1)
-            assert torch.equal(part.packed(laid_out.transpose(1, 2)).flatten(), states[0, 0, tokens, 0])
-            for row in laid_out[:, 0, :, 0]:
+        for tokens, part in packed.parts:  # in the rows of attention each sequence is alone, and comes back as it was
+            padded = part.unpack(states[:, :, tokens])  # (rows, 1, width, 1)
+            assert torch.equal(part.pack(padded.transpose(1, 2)).flatten(), states[0, 0, tokens, 0])
+            for row in padded[:, 0, :, 0]:
                 assert len({value // 100 for value in row.tolist() if value}) == 1
 
 
@@ -303,11 +304,11 @@ def test_the_overlong_penalty_falls_from_zero_to_minus_one(cache, limit, data):
 
 @given(value=st.one_of(st.floats(), st.integers(), st.booleans(), st.none(), st.text(max_size=4), st.just(10**400)))
 def test_a_score_fits_in_float32_or_counts_as_zero_and_says_why(value):
-    score, problem = rewards._checked(value)
+    score, problem = rule_processes.checked(value)
     if value is None:  # the rule does not concern the row
         assert score is problem is None
         return
-    weighed = torch.tensor(score * rewards.LARGEST_WEIGHT)
+    weighed = torch.tensor(score * rules.LARGEST_WEIGHT)
     assert weighed.dtype == torch.float32 and weighed.isfinite()
     assert problem is None or score == 0.0 and "not a finite number" in problem
 

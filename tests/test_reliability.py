@@ -18,16 +18,17 @@ from threading import Event
 
 import pytest
 import torch
-from conftest import FEW, SCRIPTS, Forked, as_a_program, shrink, trainer_of
+from conftest import FEW, SCRIPTS, Forked, as_a_program, scores_while_training, shrink, trainer_of
 from safetensors.torch import load_file, save_file
 from test_run import read_jsonl, timeless
 
-import checkpoints
 import configs
 import dapo
 import grpo
 import gspo
-import runs
+from bookkeeping import checkpoints
+from bookkeeping import run as runs
+from engine import sampling
 
 FOUR_STEPS = {"MAX_STEPS": 4, "SAVE_EVERY": 2, "EVAL_EVERY": 3, "TENSORBOARD": False}
 
@@ -396,8 +397,8 @@ def test_nothing_in_a_checkpoint_is_executed(run_of_four, tmp_path):
 def test_the_last_ones_and_the_best_stay(tmp_path, monkeypatch):
     trainer = set_up(gspo, tmp_path, MAX_STEPS=5, SAVE_EVERY=1, EVAL_EVERY=1, KEEP_CHECKPOINTS=2)
     accuracies = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5])
-    evaluation = {"eval_accuracy_greedy": 0.0}
-    monkeypatch.setattr(runs, "evaluate", lambda *_: ({"eval_accuracy": next(accuracies)} | evaluation, []))
+    trainer.eval_texts = []
+    trainer.evaluate = lambda: {"eval_accuracy": next(accuracies), "eval_accuracy_greedy": 0.0}
     trainer.train()
     left = sorted(path.name for path in (trainer.run.folder / "checkpoints").iterdir())
     assert left == ["step-2", "step-4", "step-5"]
@@ -577,7 +578,7 @@ def test_a_longer_run_under_a_falling_schedule_says_what_the_rate_will_do(tmp_pa
 
 
 def test_ten_steps_without_a_signal_are_said_once_and_the_clip_is_not_blamed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gspo.Rewards, "_by_rule", lambda self, name, rows, texts: [(0.0, None)] * len(texts))
+    scores_while_training(monkeypatch, lambda name, texts: [(0.0, None)] * len(texts))
     monkeypatch.setattr(runs, "IDLE_STEPS", 2)
     constants = {"MAX_STEPS": 4, "REWARDS": "exact_match", "ENTROPY_COEF": 0.0, "KL_COEF": 0.0, "ADAPTIVE_KL": False}
     set_up(gspo, tmp_path, **constants).train()
@@ -605,8 +606,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     trainer, steps, updates = set_up(script, tmp_path), [], []
     train_step = trainer.train_step
     trainer.train_step = lambda step: steps.append(step) or train_step(step)
-    owner = runs if moment == "evaluate" else trainer
-    original = getattr(owner, moment)
+    original = getattr(trainer, moment)
 
     def interrupted(*arguments, **options):
         now = bool(steps) and steps[-1] == (3 if moment == "evaluate" else 2) and not trainer.run.signal
@@ -616,7 +616,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
-        patch.setattr(owner, moment, interrupted)
+        patch.setattr(trainer, moment, interrupted)
         trainer.train()
     out = capsys.readouterr().out
     assert exit_.value.code == code and f"--resume {trainer.run.folder}" in out and number.name in out
@@ -881,21 +881,21 @@ def test_where_memory_runs_out_less_goes_through_at_once_with_the_same_result(tm
     results = []
     for most in (10**9, 100):
         trainer = set_up(script, tmp_path, MICRO_BATCH_TOKENS=2000, SAMPLE_GROUPS=0, TENSORBOARD=False)
-        completion_logps, sample_completions = script.completion_logps, script.sample_completions
+        completion_logps, sample_together = script.completion_logps, sampling.Sampler.sample_together
 
         def in_memory(model, rollouts, most=most, completion_logps=completion_logps, **k):
             if len(rollouts.texts) > 1 and int(rollouts.lengths.sum()) > most:
                 raise torch.OutOfMemoryError("no room")
             return completion_logps(model, rollouts, **k)
 
-        def in_memory_too(*a, most=most, sample_completions=sample_completions):
-            if len(a[3]) * a[4] > most / 25:
+        def in_memory_too(*a, most=most, sample_together=sample_together):
+            if len(a[1]) * a[2] > most / 25:
                 raise torch.OutOfMemoryError("no room")
-            return sample_completions(*a)
+            return sample_together(*a)
 
         with monkeypatch.context() as patch:
             patch.setattr(script, "completion_logps", in_memory)
-            patch.setattr(script, "sample_completions", in_memory_too)
+            patch.setattr(sampling.Sampler, "sample_together", in_memory_too)
             results.append(trainer.train_step(1))
     plenty, little = results
     assert plenty["memory_halvings"] == 0 and little["memory_halvings"] >= 3
@@ -910,7 +910,7 @@ def test_where_not_even_one_fits_it_is_one_line(tmp_path, monkeypatch, capsys):
         raise torch.OutOfMemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(gspo, "sample_completions", never)
+        patch.setattr(sampling.Sampler, "sample_together", never)
         code, line = resume(capsys, gspo)
     assert code == 2 and "out of memory in sampling with one completion at a time" in line and "--lora-rank" in line
     monkeypatch.setattr(torch.optim.AdamW, "step", never)  # which makes its moments

@@ -5,19 +5,18 @@ import functools
 import importlib
 import json
 import os
-import runpy
+import re
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import Forked
+from conftest import scores_while_training
 
 import configs
 import gspo
-import loading
 import rewards
+from scoring import rule_processes, rules
 
 RULES = """
 import os, sys, time
@@ -62,7 +61,7 @@ FAILING = {
 
 
 @pytest.fixture
-def rules(tmp_path):
+def rules_file(tmp_path):
     (tmp_path / "rules.py").write_text(RULES)
     return tmp_path / "rules.py"
 
@@ -71,9 +70,9 @@ def row(worth=0.5):
     return {"prompt": "p", "answer": "a", "worth": worth, "prompt_ids": [1]}
 
 
-def test_whatever_a_rule_does_the_others_are_scored_and_the_failures_are_named(rules, tmp_path):
+def test_whatever_a_rule_does_the_others_are_scored_and_the_failures_are_named(rules_file, tmp_path):
     texts = [text for failing in FAILING for text in (failing, "fine")] + ["print", "bent"] + ["fine"] * 30
-    scorer = rewards.Rewards({"rule": 2.0}, file=rules)
+    scorer = rules.Rewards({"rule": 2.0}, file=rules_file)
     logged = []
     scorer.log = logged.extend
     expected = [0.0 if text in FAILING else {"print": 2.0, "bent": 0.5}.get(text, 1.0) for text in texts]
@@ -87,25 +86,25 @@ def test_whatever_a_rule_does_the_others_are_scored_and_the_failures_are_named(r
     assert scorer([row()], ["fine"]) == [1.0] and scorer.report() == {"reward_rule": 0.5, "reward_failures": 0.0}
 
 
-def test_above_the_stated_share_of_failures_it_stops(rules):
-    scorer = rewards.Rewards({"rule": 1.0}, file=rules)
+def test_above_the_stated_share_of_failures_it_stops(rules_file):
+    scorer = rules.Rewards({"rule": 1.0}, file=rules_file)
     assert scorer([row()] * 4, ["list", "list", "fine", "fine"]) == [0.0, 0.0, 0.5, 0.5]
     with pytest.raises(configs.InputError, match="3 of 4 scores failed: rule returned .1., .* 'list'"):
         scorer([row()] * 4, ["list", "list", "list", "fine"])
 
 
-def test_the_server_is_started_again_where_it_has_died(rules):
-    scorer = rewards.Rewards({"rule": 1.0}, file=rules)
+def test_the_server_is_started_again_where_it_has_died(rules_file):
+    scorer = rules.Rewards({"rule": 1.0}, file=rules_file)
     scorer([row()], ["fine"])
-    os.kill(rewards._server_of(str(rules)).process.pid, signal.SIGKILL)
+    os.kill(rule_processes._server_of(str(rules_file)).process.pid, signal.SIGKILL)
     assert scorer([row(0.75)], ["fine"]) == [0.75]
 
 
-def test_timeouts_in_the_last_chunks_of_a_request_do_not_keep_the_next_from_being_answered(rules, monkeypatch):
+def test_timeouts_in_the_last_chunks_of_a_request_do_not_keep_the_next_from_being_answered(rules_file, monkeypatch):
     """The processes that took too long are replaced while the server already waits for its next request."""
-    monkeypatch.setattr(rewards, "START", 5.0)
-    scorer = rewards.Rewards({"rule": 1.0}, file=rules)
-    server = rewards._server_of(str(rules))
+    monkeypatch.setattr(rule_processes, "START", 5.0)
+    scorer = rules.Rewards({"rule": 1.0}, file=rules_file)
+    server = rule_processes._server_of(str(rules_file))
     scorer([row()], ["fine"])
     first = server.process
     for _ in range(3):
@@ -114,12 +113,12 @@ def test_timeouts_in_the_last_chunks_of_a_request_do_not_keep_the_next_from_bein
     assert server.process is first
 
 
-def test_a_server_that_does_not_answer_is_ended_and_asked_again_and_then_named(rules, monkeypatch):
-    scorer = rewards.Rewards({"rule": 1.0}, file=rules)
+def test_a_server_that_does_not_answer_is_ended_and_asked_again_and_then_named(rules_file, monkeypatch):
+    scorer = rules.Rewards({"rule": 1.0}, file=rules_file)
     scorer([row()], ["fine"])
-    first = rewards._server_of(str(rules)).process
+    first = rule_processes._server_of(str(rules_file)).process
     os.kill(first.pid, signal.SIGSTOP)  # it neither reads nor writes nor ends
-    monkeypatch.setattr(rewards, "START", 0.2)
+    monkeypatch.setattr(rule_processes, "START", 0.2)
     monkeypatch.setattr(rewards, "SECONDS", 0.0)
     with pytest.raises(configs.InputError, match="rule, a rule of .*rules.py, gave no answer in 0 s; make it faster"):
         scorer([row()] * 20_000, ["fine"] * 20_000)  # more than a pipe holds: it is not even read
@@ -131,7 +130,7 @@ def test_a_server_that_does_not_answer_is_ended_and_asked_again_and_then_named(r
 def test_rules_that_do_not_load_are_one_line(tmp_path):
     (tmp_path / "bad.py").write_text("def rule(:")
     with pytest.raises(configs.InputError, match="do not load"):
-        rewards.Rewards({"rule": 1.0}, file=tmp_path / "bad.py")([row()], ["fine"])
+        rules.Rewards({"rule": 1.0}, file=tmp_path / "bad.py")([row()], ["fine"])
 
 
 # ---- Rules as people add them
@@ -178,64 +177,78 @@ def kinds(tmp_path):
 
 
 def test_a_rule_may_be_a_partial_an_object_or_a_lambda_and_memory_counts_from_what_loading_took(kinds):
-    scorer = rewards.Rewards(dict.fromkeys(("holds", "judge", "brief", "small"), 1.0), file=kinds)
+    scorer = rules.Rewards(dict.fromkeys(("holds", "judge", "brief", "small"), 1.0), file=kinds)
     assert scorer([row()] * 2, ["#", "longer than that"]) == [2.25 + 20000, 0.25 + 20000] and not scorer.failures
 
 
 def test_a_rule_gets_the_row_as_it_was_read_and_the_folder_that_the_run_was_started_in(kinds, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scorer = rewards.Rewards({"dated": 1.0, "here": 1.0}, file=kinds)
+    scorer = rules.Rewards({"dated": 1.0, "here": 1.0}, file=kinds)
     assert scorer([row() | {"due": datetime.date(2026, 1, 2)}] * 2, ["rules.py", "no"]) == [2027, 2026]
 
 
 def test_none_leaves_a_row_out_of_the_rules_mean_and_of_its_weight(kinds):
-    scorer = rewards.Rewards({"some": 3.0, "brief": 1.0}, file=kinds)
+    scorer = rules.Rewards({"some": 3.0, "brief": 1.0}, file=kinds)
     tasks = [row() | {"task": task} for task in ("this", "other", "this")]
     assert scorer(tasks, ["a", "a", "longer than that"]) == [7.0, 1.0, 6.0]
     assert scorer.report() == {"reward_some": 2.0, "reward_brief": 2 / 3, "reward_failures": 0.0}
-    scorer = rewards.Rewards({"some": 1.0}, file=kinds)
+    scorer = rules.Rewards({"some": 1.0}, file=kinds)
     assert scorer(tasks, ["a"] * 3) == [2.0, 0.0, 2.0]
     assert scorer([tasks[1]] * 3, ["a"] * 3) == [0.0, 0.0, 0.0] and not scorer.failures
-    scorer = rewards.Rewards({"some": 1.0, "not_there": 1.0}, file=kinds)
+    scorer = rules.Rewards({"some": 1.0, "not_there": 1.0}, file=kinds)
     with pytest.raises(configs.InputError, match="2 of 3 scores failed"):  # but for those that concern no row
         scorer([tasks[0], tasks[1]], ["a", "a"])
 
 
 def test_a_rule_that_returns_none_for_every_prompt_is_refused_and_one_for_some_is_not(kinds):
     rows = [row() | {"task": task} for task in ("other", "this")]
-    rewards.check_rules({"some"}, rows, kinds)
+    rules.check_rules({"some"}, rows, kinds)
     with pytest.raises(configs.InputError, match="none, a rule of .* returned None for each of 2 prompts.* a return"):
-        rewards.check_rules({"none"}, rows, kinds)
+        rules.check_rules({"none"}, rows, kinds)
 
 
-def test_imported_rules_are_found_and_names_that_hide_one_another_are_said(monkeypatch, tmp_path):
+def test_imported_rules_are_found(monkeypatch):
     monkeypatch.setattr(rewards, "imported", functools.partial(lambda prompt, completion, row: 1.0), raising=False)
-    assert rewards.find_reward("imported", "REWARDS") is rewards.imported
-    for text in ("import math\n\ndef math(p):\n    pass\n", "def math(p):\n    pass\n\nimport math\n"):
-        (tmp_path / "mine.py").write_text(text)
-        monkeypatch.setattr(rewards, "__file__", str(tmp_path / "mine.py"))
-        with pytest.raises(configs.InputError, match="imports math and has a rule of the same name.* as math_module"):
-            rewards.find_reward("format", "REWARDS")
+    assert rules.find_reward("imported", "REWARDS") is rewards.imported
+
+
+@pytest.mark.parametrize("name", ["math", "format", "length"])
+def test_a_rule_may_have_the_name_of_a_module_or_a_builtin(tmp_path, name):
+    """`import math` at the top, and a rule that uses it and the builtin format."""
+    text = (configs.HERE / "rewards.py").read_text()
+    own = "def mine(prompt, completion, row):\n    return math.sqrt(float(format(4, 'd')))\n"
+    (tmp_path / "rules.py").write_text(text.replace("from scoring", "import math\n\nfrom scoring", 1) + "\n\n" + own)
+    scorer = rules.Rewards({name: 1.0, "mine": 1.0}, file=tmp_path / "rules.py")
+    assert scorer([row() | {"answer": "7"}], ["#### 7"]) == [2.0 + {"math": 1, "format": 1, "length": -0.006}[name]]
+
+
+def test_a_rule_of_ones_own_may_replace_one_that_is_there(monkeypatch):
+    def math(prompt, completion, row):
+        return 0.5
+
+    assert rules.find_reward("math", "REWARDS") is rewards.math_reward
+    monkeypatch.setattr(rewards, "math", math, raising=False)
+    assert rules.find_reward("math", "REWARDS") is math
 
 
 def test_answers_that_a_rule_cannot_read_are_counted_and_above_the_stated_share_stop_the_run(capsys):
     solution = "Ann had three pens, and then she bought four more of them in the shop, so that she has seven pens now"
     rows = [row() | {"answer": answer} for answer in ["\\frac{1}{2}", "#### 7", "C"] * 10 + [solution] * 3]
-    assert rewards.check_answers("math", "REWARDS", rows, "PROMPTS") == rows
+    assert rules.check_answers("math", "REWARDS", rows, "PROMPTS") == rows
     out = capsys.readouterr().out
     assert "the rule math gives 0 to the own answer of 3 of 33 prompts of PROMPTS, such as 'Ann had three" in out
     with pytest.raises(configs.InputError, match="own answer of 3 of 6 prompts .* mark the answers with ####"):
-        rewards.check_answers("math", "REWARDS", rows[-6:], "PROMPTS")
+        rules.check_answers("math", "REWARDS", rows[-6:], "PROMPTS")
     with pytest.raises(
         configs.InputError, match="exact_match gives 0 to the own answer of 1 of 1 .* --eval-reward math"
     ):
-        rewards.check_answers("exact_match", "EVAL_REWARD", [row() | {"answer": "3+4=7 #### 7"}], "PROMPTS")
+        rules.check_answers("exact_match", "EVAL_REWARD", [row() | {"answer": "3+4=7 #### 7"}], "PROMPTS")
 
 
 def test_answers_are_tried_only_where_they_are_concerned_and_in_forms_that_a_rule_knows(kinds, capsys):
     rows = [row() | {"answer": "7", "task": task} for task in ("this", "other")]
-    assert rewards.check_answers("some", "EVAL_REWARD", rows, "PROMPTS", kinds) == rows[:1]
-    rewards.check_answers("judge", "EVAL_REWARD", rows, "PROMPTS", kinds)  # a quarter for each: it wants another form
+    assert rules.check_answers("some", "EVAL_REWARD", rows, "PROMPTS", kinds) == rows[:1]
+    rules.check_answers("judge", "EVAL_REWARD", rows, "PROMPTS", kinds)  # a quarter for each: it wants another form
     assert capsys.readouterr().out == ""
 
 
@@ -250,7 +263,7 @@ def test_a_rule_with_other_parameters_is_told_which_it_must_take(monkeypatch):
         function.__module__ = "rewards"
         monkeypatch.setattr(rewards, function.__name__, function, raising=False)
         with pytest.raises(configs.InputError) as error:
-            rewards.find_reward(function.__name__, "REWARDS")
+            rules.find_reward(function.__name__, "REWARDS")
         assert f"takes ({takes}); a rule must take (prompt, completion, row)" in str(error.value)
 
 
@@ -263,7 +276,7 @@ def test_a_rule_that_scores_nothing_is_refused_before_there_is_a_folder(
 ):
     text = f"from rewards import exact_match\n\ndef length(prompt, completion, row):\n    return {body}\n"
     (tmp_path / "rules.py").write_text(text)
-    monkeypatch.setattr(loading, "check_rules", functools.partial(rewards.check_rules, file=tmp_path / "rules.py"))
+    monkeypatch.setattr(rules, "check_rules", functools.partial(rules.check_rules, file=tmp_path / "rules.py"))
     for flags in (["--rewards", "exact_match, length"], ["--rewards", "exact_match", "--eval-reward", "length"]):
         with pytest.raises(SystemExit) as exit_:
             gspo.main(flags)
@@ -276,39 +289,29 @@ def test_a_rule_that_scores_some_completions_is_not_refused(tmp_path):
     (tmp_path / "rules.py").write_text(
         "def rule(prompt, completion, row):\n    return len(completion.split('####')[1])"
     )
-    rewards.check_rules({"rule"}, [row()], tmp_path / "rules.py")
+    rules.check_rules({"rule"}, [row()], tmp_path / "rules.py")
 
 
-def test_a_syntax_error_in_the_rules_is_one_line_of_a_run_and_an_exception_of_an_import(tmp_path):
-    for path in configs.HERE.glob("*.py"):
-        (tmp_path / path.name).write_text(path.read_text())
-    (tmp_path / "rewards.py").write_text("def rule(prompt, completion, row)\n    return 1.0\n")
-
-    def begin():
-        for name, module in list(sys.modules.items()):
-            if Path(getattr(module, "__file__", None) or "/").parent == configs.HERE:
-                del sys.modules[name]  # to be found in the folder instead
-        sys.path.insert(0, str(tmp_path))
-
-    def run_it():
-        begin()
-        sys.argv = [str(tmp_path / "gspo.py"), "--help"]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-    def import_it():
-        begin()
-        try:
-            importlib.import_module("gspo")
-        except Exception as error:  # which a SystemExit, the end of a notebook's kernel, is not
-            print(type(error).__name__, error)
-
-    line = f"{tmp_path}/rewards.py, line 1: expected ':'; mend it there\n"
-    for work, code, printed in (
-        (run_it, 2, ("", f"gspo.py: error: {line}")),
-        (import_it, 0, (f"InputError {line}", "")),
-    ):
-        run = Forked(work, tmp_path)
-        assert run.communicate(timeout=60) == printed and run.returncode == code
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("def rule(prompt, completion, row)\n    return 1.0\n", "rewards.py, line 1: expected ':'; mend it there"),
+        ("import not_there\n", "cannot be imported: ModuleNotFoundError: No module named 'not_there'; mend it there"),
+    ],
+)
+def test_a_broken_file_of_rules_is_one_line_of_a_run_and_an_exception_of_a_trainer(
+    small, tmp_path, monkeypatch, capsys, text, says
+):
+    """And none of an import, which a SystemExit would end: that would be the end of a notebook's kernel, too."""
+    (tmp_path / "rewards.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "rewards")
+    with pytest.raises(configs.InputError, match=re.escape(says)):
+        small.GSPOTrainer()
+    with pytest.raises(SystemExit) as exit_:
+        gspo.main(["--rewards", "exact_match"])
+    assert exit_.value.code == 2 and says in capsys.readouterr().err
+    importlib.reload(gspo)
 
 
 def test_a_reward_model_that_returns_nan_is_a_failure_like_any_other():
@@ -318,7 +321,7 @@ def test_a_reward_model_that_returns_nan_is_a_failure_like_any_other():
         def __call__(self, *_):
             return [0.5, float("nan"), -0.5]
 
-    scorer = rewards.Rewards({"reward_model": 1.0}, Model())
+    scorer = rules.Rewards({"reward_model": 1.0}, Model())
     assert scorer([row()] * 3, ["a", "b", "c"]) == [0.5, 0.0, -0.5]
     assert scorer.failures[0]["problem"].startswith("returned nan")
     assert scorer.report()["reward_model"] == 0.0
@@ -344,14 +347,14 @@ def test_where_a_real_reward_model_returns_nan_those_completions_alone_get_zero(
 def test_a_run_whose_rewards_fail_stops_with_a_checkpoint_and_its_failures(small, monkeypatch, capsys):
     steps = []
 
-    def by_rule(self, name, rows, texts):
+    def score(name, texts):
         if name == "format":
             steps.append(len(steps) + 1)
         if name == "format" and steps[-1] == 2:
             return [(0.0, "raised KeyError: 'answer'")] * len(texts)
         return [(float(i % 2), None) for i in range(len(texts))]
 
-    monkeypatch.setattr(gspo.Rewards, "_by_rule", by_rule)
+    scores_while_training(monkeypatch, score)
     with pytest.raises(SystemExit) as exit_:
         gspo.main(["--rewards", "format"])
     err = capsys.readouterr().err.splitlines()[-1]
@@ -365,13 +368,13 @@ def test_a_run_whose_rewards_fail_stops_with_a_checkpoint_and_its_failures(small
 
 
 def test_an_evaluation_that_fails_leaves_the_model_of_its_step(small, monkeypatch, capsys):
-    by_rule, evaluations = gspo.Rewards._by_rule, []
+    evaluations = []
 
-    def fail_after_training(self, name, rows, texts):
+    def fail_after_training(name, texts):
         evaluations.append(name)
-        return by_rule(self, name, rows, texts) if len(evaluations) <= 3 else [(0.0, "returned None")] * len(texts)
+        return [(0.0, None if len(evaluations) <= 2 else "returned None")] * len(texts)
 
-    monkeypatch.setattr(gspo.Rewards, "_by_rule", fail_after_training)  # three before: a trial, sampled and greedy
+    scores_while_training(monkeypatch, fail_after_training)  # two before: sampled and greedy
     with pytest.raises(SystemExit):
         gspo.main([])
     err = capsys.readouterr().err.splitlines()[-1]
@@ -405,12 +408,12 @@ def test_an_evaluation_that_fails_leaves_the_model_of_its_step(small, monkeypatc
 )
 def test_math(answer, completion, right):
     assert (
-        rewards.math("p", completion, {"answer": answer}) == right
+        rewards.math_reward("p", completion, {"answer": answer}) == right
     )  # without a time limit, for the machine may be busy
 
 
 def test_an_answer_that_would_take_forever_to_compare_is_a_failure():
-    scorer = rewards.Rewards({"math": 1.0})
+    scorer = rules.Rewards({"math": 1.0})
     rows = [{"prompt": "p", "answer": "#### 3"}] * 4
     assert scorer(rows, ["\\boxed{9^{9^{9^9}}}", "#### 3", "#### 4", "\\boxed{3}"]) == [0.0, 1.0, 0.0, 1.0]
     assert [failure["problem"] for failure in scorer.failures] == [
@@ -419,7 +422,7 @@ def test_an_answer_that_would_take_forever_to_compare_is_a_failure():
 
 
 def test_format_and_length():
-    scorer = rewards.Rewards({"format": 1.0, "length": 10.0})
+    scorer = rules.Rewards({"format": 1.0, "length": 10.0})
     rows = [{"prompt": "p", "answer": "3"}] * 3
     assert scorer(rows, ["#### 3", "\\boxed{3}", "3" * 100]) == pytest.approx([1 - 0.06, 1 - 0.09, -1])
     assert set(scorer.report()) == {"reward_format", "reward_length", "reward_failures"}

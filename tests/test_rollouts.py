@@ -5,9 +5,11 @@ import torch
 import transformers
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import attention
-import decoding
 import gspo
+from engine import decoding, packing, sampling
+from engine.cache import GrowingCache, with_cache
+from engine.memory import FitToMemory
+from engine.sampling import Sampler
 
 EOS, OTHER_EOS, PAD, VOCABULARY = 1, 2, 0, 20
 
@@ -26,7 +28,9 @@ def model():
         max_position_embeddings=128,
         initializer_range=0.2,
     )
-    return transformers.Qwen3ForCausalLM(config).eval()
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    model.set_attn_implementation(packing.NAME)
+    return model
 
 
 class Tokenizer:
@@ -42,10 +46,11 @@ PROMPTS = [{"prompt_ids": ids} for ids in ([5, 6, 7], [8], [9, 10, 11, 12, 13, 1
 
 
 def sample(model, rows=PROMPTS, group_size=4, eos_ids=(EOS,), greedy=False, tokens=24):
-    gspo.MAX_COMPLETION_TOKENS = tokens
     shape, generator = (len(rows) * group_size, tokens), gspo.generator_of("test")
     uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator)
-    return gspo.sample_completions(model, Tokenizer(), list(eos_ids), rows, group_size, uniform)
+    sampler = Sampler(model, Tokenizer(), list(eos_ids), len(rows) * group_size, FitToMemory())
+    limits = {"temperature": gspo.TEMPERATURE, "top_p": gspo.TOP_P, "max_tokens": tokens}
+    return sampler(rows, group_size, uniform, **limits)
 
 
 @torch.no_grad()
@@ -79,15 +84,15 @@ def test_sampled_and_recomputed_log_probs_equal_the_naive_ones(model, temperatur
 
 def test_long_sequences_packed_with_short_ones_are_as_they_are_alone(model):
     lengths = torch.tensor([120, 9, 100, 3, 5, 7, 4, 30])
-    packing = attention.Packing(model, lengths)
-    assert len(packing.parts) > 1
+    packed = packing.Packing(model, lengths)
+    assert len(packed.parts) > 1
     ids = torch.randint(0, VOCABULARY, (8, 120), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        packed = model.base_model(**packing.inputs(ids), use_cache=False).last_hidden_state[0]
+        together = model.base_model(**packed.inputs(ids), use_cache=False).last_hidden_state[0]
         model.set_attn_implementation("eager")
         alone = [model.base_model(row[None, :n]).last_hidden_state[0] for row, n in zip(ids, lengths, strict=True)]
-        model.set_attn_implementation(attention.NAME)
-    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-5)
+        model.set_attn_implementation(packing.NAME)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_is_the_same_alone_and_in_a_left_padded_batch(model):
@@ -111,10 +116,10 @@ def test_the_decoders_step_is_the_models(name):
     assert isinstance(decoding.decoder_of(other), decoding.Decoder) == (name != "Qwen3Moe")
     ids, visible = torch.randint(0, 50, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
     visible[0, :4] = False  # padding on the left
-    positions, cache = (visible.cumsum(1) - 1).clamp(min=0), attention.GrowingCache(40)
+    positions, cache = (visible.cumsum(1) - 1).clamp(min=0), GrowingCache(40)
     with torch.no_grad():
         mask = (visible[:, None, None, :8] | torch.eye(8, dtype=torch.bool)).tril()
-        inputs = {"position_ids": positions[:, :8]} | attention.with_cache(other.base_model, cache)
+        inputs = {"position_ids": positions[:, :8]} | with_cache(other.base_model, cache)
         other.base_model(input_ids=ids[:, :8], attention_mask=mask, **inputs)
         decode = decoding.decoder_of(other)
         found = [decode(ids[:, t], positions[:, t], cache, visible[:, : t + 1]) for t in range(8, 12)]
@@ -134,7 +139,7 @@ class RecordedOnCPU(decoding.Replayed):
 def test_a_recorded_step_is_replayed_until_rows_leave_or_room_ends(model, monkeypatch, eos_ids):
     expected, recorded, steps = sample(model, eos_ids=eos_ids, tokens=90), RecordedOnCPU(decoding.Decoder(model)), []
     with monkeypatch.context() as patch:
-        patch.setattr(gspo, "decoder_of", lambda model: recorded)
+        patch.setattr(sampling, "decoder_of", lambda model: recorded)
         step = decoding.Decoder.__call__
         patch.setattr(decoding.Decoder, "__call__", lambda *inputs: steps.append(1) or step(*inputs))
         found = sample(model, eos_ids=eos_ids, tokens=90)
@@ -154,7 +159,7 @@ def test_without_a_graph_that_does_the_same_steps_are_taken_as_they_are(model, m
     expected = sample(model)
     for record, reason in ((refuse, "no graphs here"), (do_something_else, "a replay differs by")):
         with monkeypatch.context() as patch:
-            patch.setattr(gspo, "decoder_of", lambda model: decoding.Replayed(decoding.Decoder(model)))
+            patch.setattr(sampling, "decoder_of", lambda model: decoding.Replayed(decoding.Decoder(model)))
             patch.setattr(decoding.Replayed, "record", record)
             patch.setattr(decoding.Replayed, "works", True)  # and True again after it
             with pytest.warns(UserWarning, match=reason) as warned:
@@ -216,21 +221,21 @@ def test_tokens_are_drawn_with_their_probabilities():
     gspo.TEMPERATURE = 0.8
     probs = (logits / 0.8).softmax(0)
     grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    tokens, logps = gspo.sample_tokens(logits.expand(len(grid), -1), grid)
+    tokens, logps = sampling.sample_tokens(logits.expand(len(grid), -1), grid, 0.8, 1.0)
     share = torch.bincount(tokens, minlength=5) / len(grid)
     assert (share - probs).abs().max() <= 2e-4
     assert share[2] == 0
     torch.testing.assert_close(logps, probs.log()[tokens])
     edges = torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)
-    assert gspo.sample_tokens(logits.expand(2, -1), edges)[0].tolist() == [0, 4]
-    assert gspo.sample_tokens(logits[None], None)[0].item() == 3
+    assert sampling.sample_tokens(logits.expand(2, -1), edges, 0.8, 1.0)[0].tolist() == [0, 4]
+    assert sampling.sample_tokens(logits[None], None, 0.8, 1.0)[0].item() == 3
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     probs = torch.tensor([0.1, 0.5, 0.05, 0.35])
     gspo.TOP_P = 0.6  # 0.5 does not reach it, 0.5 + 0.35 does
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    tokens, logps = gspo.sample_tokens(probs.log().expand(1000, -1), grid)
+    tokens, logps = sampling.sample_tokens(probs.log().expand(1000, -1), grid, 1.0, 0.6)
     share = torch.bincount(tokens, minlength=4) / 1000
     torch.testing.assert_close(share, torch.tensor([0, 0.5, 0, 0.35]) / 0.85, atol=2e-3, rtol=0)
     torch.testing.assert_close(logps, probs.log()[tokens])  # of the full distribution
@@ -238,7 +243,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
     lengths = torch.tensor([3, 50, 7, 7, 20, 1, 100, 7])
-    batches = list(attention.micro_batches(lengths, 60))
+    batches = list(packing.micro_batches(lengths, 60))
     assert sorted(torch.cat(batches).tolist()) == list(range(8))
     for rows in batches:
         assert len(rows) == 1 or int(lengths[rows].sum()) <= 60
@@ -259,8 +264,9 @@ def test_prompts_of_steps_pass_over_the_data_in_a_new_order_each_time():
 def test_under_bfloat16_sampling_and_training_agree_as_far_as_it_goes(model, monkeypatch):
     """The arithmetic of a GPU: autocast with float32 weights, for the sampler's own step and for the packed pass."""
     expected = sample(model)
-    monkeypatch.setattr(gspo, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
-    monkeypatch.setattr(gspo, "steps_between_looks", lambda device: 16)
+    for module in (gspo, sampling):
+        monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    monkeypatch.setattr(sampling, "tokens_between_checks", lambda device: 16)
     rollouts = sample(model)
     with torch.no_grad():
         recomputed, _ = gspo.completion_logps(model, rollouts)

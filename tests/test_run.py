@@ -15,9 +15,9 @@ from variants import naive_loss, naive_mean
 
 import configs
 import gspo
-import loading
 import plotting
-import runs
+from bookkeeping import run as runs
+from inputs import load
 
 METRICS = (
     "step policy_loss entropy_loss kl_loss reward relative_advantage kl_divergence kl_coef avg_response_length "
@@ -60,12 +60,12 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
     for row in rows[1:]:
         assert set(METRICS) <= set(row) and {"eval_accuracy", "eval_accuracy_greedy"} <= set(row)
         unknown = {name for name in METRICS if row[name] is None}
-        assert unknown == {"peak_memory_gb"} | ({"kl_divergence"} if trainer.ref_model is None else set())
+        assert unknown == {"peak_memory_gb"} | ({"kl_divergence"} if trainer.reference is None else set())
         assert all(math.isfinite(row[name]) for name in set(METRICS) - unknown)
         assert row["sampler_gap"] < 1e-4
         assert row["ratio_min"] <= row["ratio_mean"] <= row["ratio_max"]
         assert (row["entropy_loss"] < 0) == (script.ENTROPY_COEF > 0)
-    if trainer.ref_model is not None:
+    if trainer.reference is not None:
         assert all(row["kl_divergence"] > 0 and row["kl_coef"] > 0 for row in rows[1:])
 
     samples = read_jsonl(folder / "samples.jsonl")
@@ -96,25 +96,26 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
 
 
 def test_a_part_of_a_group_is_sampled_at_once_if_no_more_fits_with_the_same_completions(small, monkeypatch):
-    trainer, sizes, sample_completions = small.GSPOTrainer(), [], gspo.sample_completions
+    trainer, sizes = small.GSPOTrainer(), []
+    sample_together = trainer.sampler.sample_together
     expected = trainer.generate_responses_with_group_sampling(1)
 
     def counted(*arguments):
-        sizes.append(len(arguments[3]) * arguments[4])
-        return sample_completions(*arguments)
+        sizes.append(len(arguments[0]) * arguments[1])
+        return sample_together(*arguments)
 
-    monkeypatch.setattr(gspo, "sample_completions", counted)
-    for small.SAMPLED_AT_ONCE in (1, 3):
+    monkeypatch.setattr(trainer.sampler, "sample_together", counted)
+    for trainer.sampler.at_once in (1, 3):
         sizes.clear()
         found = trainer.generate_responses_with_group_sampling(1)
-        assert max(sizes) == small.SAMPLED_AT_ONCE and sum(sizes) == 16
+        assert max(sizes) == trainer.sampler.at_once and sum(sizes) == 16
         assert found.texts == expected.texts and found.prompts == expected.prompts
 
 
 def test_scores_of_evaluations_do_not_pile_up(small):
     trainer = small.GSPOTrainer()
     for _ in range(2):
-        runs.evaluate(trainer, trainer.constants)
+        trainer.evaluate()
     assert trainer.eval_reward.scored == {"exact_match": []} and trainer.eval_reward.failures == []
 
 
@@ -214,8 +215,8 @@ def test_an_update_takes_the_gradient_of_the_documented_loss(trainer_with_rollou
 @pytest.mark.drawn
 def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none_is_computed(small_script, monkeypatch):
     small, loaded, asked = small_script, [], []
-    load_model, completion_logps = loading.load_model, small.completion_logps
-    monkeypatch.setattr(loading, "load_model", lambda *a, **k: (loaded.append(a[2]), load_model(*a, **k))[1])
+    load_model, completion_logps = load.load_model, small.completion_logps
+    monkeypatch.setattr(load, "load_model", lambda *a, **k: (loaded.append(a[2]), load_model(*a, **k))[1])
     monkeypatch.setattr(
         small,
         "completion_logps",
@@ -224,7 +225,7 @@ def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none
     small.KL_COEF, small.ADAPTIVE_KL, small.ENTROPY_COEF, small.REWARDS = 0.0, False, 0.0, "exact_match"
     trainer = trainer_of(small)
     history = trainer.train()
-    assert loaded == ["POLICY_MODEL", "checkpoint"] and trainer.ref_model is None and not any(asked)
+    assert loaded == ["POLICY_MODEL"] and trainer.reference is None and not any(asked)
     assert history[1]["kl_divergence"] is None and history[1]["kl_loss"] == history[1]["entropy_loss"] == 0
     assert plotting.draw_run(trainer.run.folder).is_file()
 

@@ -35,7 +35,7 @@ def test_a_script_is_its_sections_and_a_section_is_its_blocks():
     text = (siblings.ROOT / "gspo.py").read_text()
     parts = siblings.sections(text)
     assert "".join(parts.values()) == text
-    titles = ["docstring", "imports", "Constants", "Algorithm", "Data and rewards", "Models and log-probs", "Rollouts"]
+    titles = ["docstring", "imports", "Constants", "Algorithm", "Data and log-probs"]
     assert list(parts) == [*titles, "Trainer", "Run"]
     for section in parts.values():
         assert "".join(siblings.blocks(section).values()) == section
@@ -44,18 +44,18 @@ def test_a_script_is_its_sections_and_a_section_is_its_blocks():
 
 def test_drift_is_undone_and_an_own_function_is_kept(monkeypatch):
     text = (siblings.ROOT / "grpo.py").read_text()
-    drifted = text.replace("def assemble(", "def kept():\n    return 1\n\n\ndef assemble(")
+    drifted = text.replace("def completion_logps(", "def kept():\n    return 1\n\n\ndef completion_logps(")
     drifted = drifted.replace("self.optimizer.step()", "pass")
     assert siblings.synced("grpo", drifted) == text
     monkeypatch.setitem(siblings.EXEMPTIONS, "grpo", {"kept": "because a test of the exemptions asks for it"})
     result = siblings.synced("grpo", drifted)
-    assert "def kept():\n    return 1\n\n\ndef assemble(" in result and "self.optimizer.step()" in result
+    assert "def kept():\n    return 1\n\n\ndef completion_logps(" in result and "self.optimizer.step()" in result
 
 
 @pytest.mark.parametrize("line", ["VALUE = 1\n", "async def f():\n    pass\n"])
 def test_what_stands_after_an_exempt_function_is_not_exempt(line):
     text = (siblings.ROOT / "dapo.py").read_text()
-    start = text.index("def sample_tokens")
+    start = text.index("def completion_logps")
     assert siblings.synced("dapo", text[:start] + line + "\n\n" + text[start:]) == text
     start = text.index("    # -- Around the steps")
     assert siblings.synced("dapo", text[:start] + "    value = 1\n\n" + text[start:]) == text

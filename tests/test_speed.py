@@ -14,10 +14,9 @@ from conftest import trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import attention
 import configs
 import gspo
-import kernels
+from engine import packing, sampling, vocabulary
 
 
 class Passes:
@@ -55,7 +54,7 @@ def test_a_step_puts_each_token_through_each_model_once_and_no_padding(small_scr
     script.SAMPLE_GROUPS, script.MICRO_BATCH_TOKENS, script.OVERLONG_FILTER = 0, 150, False
     script.KL_COEF = 0.04
     trainer = trainer_of(script)
-    policy, reference, sampled = Passes(trainer.policy), Passes(trainer.ref_model), []
+    policy, reference, sampled = Passes(trainer.policy), Passes(trainer.reference.model), []
     generate = trainer.generate_responses_with_group_sampling
 
     def keep(step):
@@ -106,17 +105,16 @@ def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_scri
 
 
 @pytest.mark.parametrize("every", [1, 16])
-def test_the_sampler_waits_only_when_it_looks_who_has_ended(small, monkeypatch, every):
+def test_the_sampler_waits_only_when_it_checks_for_finished_rows(small, monkeypatch, every):
     trainer = small.GSPOTrainer()
     rows, shape = trainer.train_rows[:4], (16, small.MAX_COMPLETION_TOKENS)
     uniform = torch.rand(shape, dtype=torch.float64, generator=gspo.generator_of("test"))
-    sample = (trainer.policy, trainer.tokenizer, trainer.eos_ids, rows, 4, uniform)
-    expected = gspo.sample_completions(*sample)
+    expected = trainer.sampler.sample_together(rows, 4, uniform, 1.0, 1.0, small.MAX_COMPLETION_TOKENS)
     shapes = []
     trainer.policy.get_input_embeddings().register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
-    monkeypatch.setattr(gspo, "steps_between_looks", lambda device: every)
+    monkeypatch.setattr(sampling, "tokens_between_checks", lambda device: every)
     with Waits() as waits:
-        rollouts = gspo.sample_completions(*sample)
+        rollouts = trainer.sampler.sample_together(rows, 4, uniform, 1.0, 1.0, small.MAX_COMPLETION_TOKENS)
     assert rollouts.texts == expected.texts and torch.equal(rollouts.completion_mask, expected.completion_mask)
     assert shapes[0] == (4, max(len(row["prompt_ids"]) for row in rows))  # prompts once, not once per completion
     rows_left = [shape.numel() for shape in shapes[1:]]
@@ -130,9 +128,9 @@ def test_the_sampler_waits_only_when_it_looks_who_has_ended(small, monkeypatch, 
 @pytest.mark.parametrize("at_once", [2**26, 1000, 300, 1])  # all blocks kept; some of them; none; a token per block
 def test_log_probs_by_blocks_of_the_vocabulary_are_those_of_log_softmax(at_once, with_entropy, with_bias, monkeypatch):
     torch.manual_seed(0)
-    tokens, vocabulary, alive, most = 7, 130, [], 0
-    head = torch.nn.Linear(5, vocabulary, bias=with_bias).double()
-    hidden, targets = torch.randn(tokens, 5).double().requires_grad_(), torch.randint(0, vocabulary, (tokens,))
+    tokens, size, alive, most = 7, 130, [], 0
+    head = torch.nn.Linear(5, size, bias=with_bias).double()
+    hidden, targets = torch.randn(tokens, 5).double().requires_grad_(), torch.randint(0, size, (tokens,))
     hidden.data[0] *= 1e4  # whose probabilities are 0 and 1
     leaves, weights = [hidden, *head.parameters()], torch.randn(2, tokens).double()
 
@@ -143,11 +141,11 @@ def test_log_probs_by_blocks_of_the_vocabulary_are_those_of_log_softmax(at_once,
         most = max(most, sum(one().numel() for one in alive if one() is not None))
         return logits
 
-    monkeypatch.setattr(kernels, "linear", linear)
+    monkeypatch.setattr(vocabulary, "linear", linear)
     log_probs = head(hidden).log_softmax(-1)
     naive = log_probs.gather(1, targets[:, None]).squeeze(1), -(log_probs.exp() * log_probs).sum(-1) * with_entropy
     expected = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, naive, strict=True)), leaves)
-    found = kernels.token_logps(hidden, targets, head, with_entropy, at_once)
+    found = vocabulary.token_logps(hidden, targets, head, with_entropy, at_once)
     gradient = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, found, strict=True)), leaves)
     torch.testing.assert_close(found, naive)
     torch.testing.assert_close(gradient, expected)
@@ -188,7 +186,7 @@ def test_packed_sequences_are_cut_where_rows_would_be_mostly_padding():
         [7],
         [300] + 300 * [3],
     ):
-        parts = [part.tolist() for part in attention.alike(torch.tensor(lengths))]
+        parts = [part.tolist() for part in packing.split_by_length(torch.tensor(lengths))]
         assert [n for part in parts for n in part] == lengths
         pairs[tuple(lengths)] = sum(len(part) * max(part) ** 2 for part in parts) / (len(lengths) * max(lengths) ** 2)
     assert [round(share, 2) for share in pairs.values()] == [0.4, 1, 1, 0.25, 1, 0.0]
@@ -205,7 +203,7 @@ def test_a_profile_holds_the_operations_of_some_steps_and_the_summary_names_the_
     assert str(path) in line and "aten::mm" in line and 8 == line.count("%")
 
 
-@pytest.mark.parametrize("name", ["gspo", "grpo", "dapo"])
+@pytest.mark.parametrize("name", ["gspo.py", "grpo.py", "dapo.py"])
 def test_threads_are_told_not_to_spin_before_torch_starts_them(name):
     program = f"""
 import os, sys
@@ -215,10 +213,15 @@ class Watch:
             print(os.environ.get("GOMP_SPINCOUNT"))
             sys.exit()
 sys.meta_path.insert(0, Watch())
-import {name}
+import runpy
+runpy.run_path({name!r}, run_name=sys.argv[1])
 """
     for asked, expected in ((None, "1000"), ("7", "7")):
         environ = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
         environ |= {"GOMP_SPINCOUNT": asked} if asked else {}
-        done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", program, "__main__"], env=environ, capture_output=True, text=True)
         assert done.stdout.split() == [expected], done.stderr
+    imported = subprocess.run(
+        [sys.executable, "-c", program, name], env=environ | {"GOMP_SPINCOUNT": ""}, capture_output=True
+    )
+    assert imported.stdout.split() == []  # an import changes nothing outside

@@ -1,12 +1,10 @@
-"""What is measured: of a training step, of its samples, and on held-out prompts. Nothing here is trained on."""
+"""What is measured of a training step, and what is kept of its samples."""
 
 import contextlib
 import time
-from math import comb, isfinite, sqrt
+from math import isfinite
 
 import torch
-
-from configs import InputError
 
 
 def step_metrics(rollouts, updates, group_size):
@@ -72,19 +70,6 @@ class Clock:
         return {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()} | speed
 
 
-class InTurn:
-    """In place of a ThreadPoolExecutor, where all models share a device: work is done when its result is asked for."""
-
-    def __init__(self, work=None):
-        self.work = work
-
-    def submit(self, function, *arguments):
-        return InTurn(lambda: function(*arguments))
-
-    def result(self):
-        return self.work()
-
-
 def samples_of(step, tokenizer, rollouts, new_logps):
     """What a reader wants to see of a step's completions, a dict each.
 
@@ -127,59 +112,3 @@ def token_texts(tokenizer, ids):
         if t - first > 16:  # a new beginning, or a long text would be decoded once per token
             first, before = t, tokenizer.decode(ids[t : t + 1])
     return texts
-
-
-# ---- On held-out prompts
-
-
-def evaluate(trainer, constants):
-    """Held-out accuracy by EVAL_REWARD: metrics, and the greedy completions.
-
-    From EVAL_SAMPLES sampled completions per prompt, and from a greedy one. The random numbers are the same each time,
-    so that two evaluations differ by the policy alone.
-    """
-    rows, samples = trainer.eval_rows, constants.EVAL_SAMPLES
-    sampled = trainer.sample(rows, samples, ("evaluation",))
-    greedy = trainer.sample(rows, 1, ("evaluation",), greedy=True)
-    right, right_greedy = (trainer.eval_reward(some.prompts, some.texts) for some in (sampled, greedy))
-    trainer.eval_reward.report()  # which nobody logs, but which would keep all scores of the run
-    check_right(right + right_greedy, constants.EVAL_REWARD)
-    metrics = accuracy_metrics(right, samples, constants.PASS_AT)
-    return metrics | {"eval_accuracy_greedy": sum(right_greedy) / len(right_greedy)}, greedy.texts
-
-
-def check_right(scores, name):
-    """Raises InputError unless all scores of EVAL_REWARD, the rule of that name, are shares of being right."""
-    if outside := [score for score in scores if not 0 <= score <= 1]:
-        raise InputError(
-            f"EVAL_REWARD = {name!r} gave {outside[0]:g}, which is no accuracy; give --eval-reward a rule that returns "
-            "1 for what is right and 0 for what is not, such as exact_match"
-        )
-
-
-def accuracy_metrics(right, samples, k):
-    """Held-out accuracy from 0 and 1 per completion, `samples` for each prompt, contiguous: what eval_* metrics hold.
-
-    eval_accuracy: pass@1, the mean. eval_pass_at_k: the chance that one of k samples is right, by the unbiased
-    estimator 1 − C(n−c, k) / C(n, k) with c right of n (Chen et al. 2021, arXiv 2107.03374, eq. 1). Both with Wilson's
-    95 % interval for as many trials as there are prompts, on the safe side where a prompt has several samples.
-    """
-    prompts = [right[i : i + samples] for i in range(0, len(right), samples)]
-    k = min(k, samples)
-    missed = [comb(samples - sum(value > 0 for value in one), k) / comb(samples, k) for one in prompts]
-    metrics = {}
-    for name, mean in (
-        ("eval_accuracy", sum(right) / len(right)),
-        ("eval_pass_at_k", 1 - sum(missed) / len(missed)),
-    ):
-        low, high = wilson_interval(mean, len(prompts))
-        metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-    return metrics
-
-
-def wilson_interval(share, trials, z=1.96):
-    """Wilson's score interval of a share: two numbers in [0, 1]."""
-    centre = share + z * z / (2 * trials)
-    width = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)

@@ -22,8 +22,8 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError
 
+from bookkeeping.policy_files import load_policy
 from configs import InputError
-from loading import load_policy
 
 MARKER = "checkpoint.json"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk makes of torch.save and safetensors

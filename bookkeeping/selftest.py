@@ -70,7 +70,7 @@ def update_lines(trainer, constants, rollouts, old_logps, tolerance):
     advantages[::2] = -1.0  # whatever the rewards are, there is something to learn
     before = [parameter.detach().clone() for parameter in trainer.trained]
     rollouts.old_logps, rollouts.advantages = old_logps, advantages
-    rollouts.ref_logps = None if constants.KL_COEF == 0 else old_logps
+    rollouts.ref_logps = None if trainer.reference is None else old_logps
     stats = trainer.update(rollouts)
     low, high = stats["ratio_min"].item(), stats["ratio_max"].item()
     lines = [("ratio before the first update", f"{low:.6f} to {high:.6f}", abs(low - 1) < tolerance > abs(high - 1))]

@@ -7,7 +7,7 @@ outputs/gspo-20260131-101500/
     metrics.jsonl    one object per training step; step 0 holds the evaluation before training
     metrics.png      the 4x2 figure, redrawn while training runs
     samples.jsonl    prompts, completions, rewards, advantages, answers
-    samples.html     the same to look at, by page.py
+    samples.html     the same to look at, by sample_page.py
     checkpoints/step-N/    the whole state after step N, see checkpoints.py
     final/           the trained model, in Hugging Face layout
 """
@@ -35,13 +35,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoints
 import configs
-import page
 import plotting
+from bookkeeping import checkpoints, sample_page
+from bookkeeping.metrics import idle_clip
+from bookkeeping.policy_files import policy_weights, save_merged, save_policy
 from configs import InputError
-from loading import policy_weights, save_merged, save_policy
-from metrics import evaluate, idle_clip
 
 DRAW_EVERY = 30  # seconds
 IDLE_STEPS = 10  # steps after which a clip that never acted, or groups without a signal, are worth a warning
@@ -75,7 +74,11 @@ class Run:
 
         with Run(trainer) as run:
             for step in run.steps():
-                run.end_of_step(step, trainer.train_step(step))
+                metrics = run.unfinished or trainer.train_step(step)
+                run.keep(step, metrics)
+                if run.evaluation_is_due(step):
+                    metrics |= trainer.evaluate()
+                run.finish_step(step, metrics)
 
     Metrics also go to TensorBoard, if TENSORBOARD is set and the package is there, and to Weights & Biases, if
     WANDB_PROJECT names a project.
@@ -98,7 +101,7 @@ class Run:
         resumed = configs.run_to_resume(self.constants) if self.constants.RESUME else None
         self.folder = resumed or self._new_folder()
         self._lock()
-        self.done, self.pending, self.texts_before = 0, {"step": 0}, []  # nothing is done, and row 0 is not written
+        self.done, self.unfinished, self.texts_before = 0, {"step": 0}, []  # nothing is done, and row 0 is not written
         made_from = fingerprints(trainer)
         if resumed:
             self._check_inputs(made_from)
@@ -108,7 +111,8 @@ class Run:
             raise InputError(f"{self.folder}: none of its checkpoints is as it was written; {remedy}")
         if path is not None:
             self.done, state, metrics = checkpoints.load(path, trainer.policy, trainer.adapter)
-            self.pending, trainer.samples, self.texts_before = state["pending"], state["samples"], state["texts_before"]
+            self.unfinished, self.texts_before = state["pending"], state["texts_before"]
+            trainer.samples = state["samples"]
             trainer.load_state(state["trainer"])
             self.history += metrics
         self._begin(resumed, path, made_from)
@@ -152,7 +156,7 @@ class Run:
         """Has the folder say what the run is made of; if it is resumed, from when on, too."""
         script, devices = (
             self.constants.path,
-            {name: str(getattr(self.trainer, name.lower())) for name in configs.DEVICES},
+            dict(zip(configs.DEVICES, map(str, self.trainer.devices), strict=True)),
         )
         constants = configs.as_saved(self.constants.values() | devices)
         try:
@@ -233,7 +237,7 @@ class Run:
 
     def _cut_logs(self):
         """Has the logs hold what the run had written by the checkpoint, whatever came later or was half written."""
-        last = self.done - (self.pending is not None)
+        last = self.done - (self.unfinished is not None)
         self._write("metrics.jsonl", *self.history)
         for name in ("samples.jsonl", "reward_failures.jsonl", "skipped.jsonl"):
             if (self.folder / name).is_file():
@@ -306,8 +310,8 @@ class Run:
         total = constants.MAX_STEPS
         self.bar = tqdm(total=total, desc=self.algorithm, unit="step", dynamic_ncols=True, disable=hidden)
         self.state, self.drawn = self.trainer.state(), time.perf_counter()
-        if self.pending is not None:
-            self.end_of_step(self.pending["step"], self.pending)
+        if self.unfinished is not None:
+            yield self.unfinished["step"]
         elif self.done >= constants.MAX_STEPS:
             self._save_final()  # anew: what lies there may be that of a shorter run
             self._draw()
@@ -340,26 +344,31 @@ class Run:
             print(f"Profile: {self.folder / 'profile.json.gz'}, for chrome://tracing or ui.perfetto.dev; {shares}")
             self.profiler = None
 
-    def end_of_step(self, step, metrics):
-        """Evaluates, logs, saves and draws, as far as it is due. metrics: of the step, added to."""
-        constants = self.constants
+    def keep(self, step, metrics):
+        """Marks a step as trained: a stop from here on keeps it, even if it cuts the step's evaluation off."""
         self.in_step = self.interruptible = False
-        self.done, self.pending, self.state = step, metrics, self.trainer.state()
-        last, every = step == constants.MAX_STEPS, constants.EVAL_EVERY
-        evaluating = step == 0 or last or (every > 0 and step % every == 0)
+        self.done, self.unfinished, self.state = step, metrics, self.trainer.state()
         if self.signal:
             raise Stopped
+        self.interruptible = True
+
+    def evaluation_is_due(self, step):
+        every = self.constants.EVAL_EVERY
+        return step in (0, self.constants.MAX_STEPS) or (every > 0 and step % every == 0)
+
+    def finish_step(self, step, metrics):
+        """Logs, saves and draws, as far as it is due. metrics: of the step and of its evaluation."""
+        self.interruptible = False
+        constants, last = self.constants, step == self.constants.MAX_STEPS
+        evaluating = "eval_accuracy" in metrics
         if evaluating:
-            self.interruptible = True
-            self.after, texts = evaluate(self.trainer, constants)
-            self.interruptible = False
-            metrics |= self.after
+            self.after, texts = metrics, self.trainer.eval_texts
             if step == 0:
-                self.before, self.texts_before = self.after, texts[:3]
+                self.before, self.texts_before = metrics, texts[:3]
         self._log(metrics)
         if step > 0:
             self._append("samples.jsonl", self._with_groups(self.trainer.samples))
-        self.pending = None
+        self.unfinished = None
         self._check_updates(metrics)
         if step > 0 and constants.SAVE_EVERY > 0 and (last or step % constants.SAVE_EVERY == 0):
             self.checkpoint()
@@ -372,7 +381,7 @@ class Run:
             self._show(metrics)
         if last:
             self._end_profile()
-            self._print_summary(texts)
+            self._print_summary(self.trainer.eval_texts)
         elif self.signal:
             raise Stopped
 
@@ -444,7 +453,7 @@ class Run:
         self.drawn = time.perf_counter()
         try:
             plotting.draw_run(self.folder)
-            page.draw_samples(self.folder)
+            sample_page.draw_samples(self.folder)
         except (OSError, InputError) as error:
             self._complain("pictures", f"the pictures could not be drawn: {error}; training goes on")
 
@@ -454,8 +463,8 @@ class Run:
         """Saves the state after the last whole step, in a thread once it is copied; returns where it will be."""
         self._finish_saving()
         trainer, step, history = self.trainer, self.done, list(self.history)
-        state = {"trainer": self.state, "pending": self.pending, "samples": trainer.samples if self.pending else []}
-        state["texts_before"] = self.texts_before
+        state = {"trainer": self.state, "pending": self.unfinished, "texts_before": self.texts_before}
+        state["samples"] = trainer.samples if self.unfinished else []
         weights = policy_weights(trainer.policy, trainer.adapter)
         state, weights = checkpoints.copy_to_cpu(state), checkpoints.copy_to_cpu(weights)
         best = history[-1].get("eval_accuracy") if history and history[-1]["step"] == step else None

@@ -1,6 +1,6 @@
 """A run's samples as a page to look at: samples.jsonl -> samples.html, one file that needs no network and no script.
 
-python page.py outputs/<run>
+python -m bookkeeping.sample_page outputs/<run>
 
 The completions of a group stand side by side with reward, advantage, length and how they ended; the colour of a token
 says how far the step's updates have moved its log-prob.

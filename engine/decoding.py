@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch.nn import functional as F
 
-from attention import with_cache
+from engine.cache import with_cache
 
 FAMILY = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -48,12 +48,12 @@ class Decoder:
             self.layers.append(
                 {
                     "input_norm": layer.input_layernorm,
-                    "qkv": self.together(attention.q_proj, attention.k_proj, attention.v_proj),
+                    "qkv": self.fuse(attention.q_proj, attention.k_proj, attention.v_proj),
                     "head_norm": self.head_norm(attention),
-                    "out": self.together(attention.o_proj),
+                    "out": self.fuse(attention.o_proj),
                     "mlp_norm": layer.post_attention_layernorm,
-                    "gate_up": self.together(mlp.gate_proj, mlp.up_proj),
-                    "down": self.together(mlp.down_proj),
+                    "gate_up": self.fuse(mlp.gate_proj, mlp.up_proj),
+                    "down": self.fuse(mlp.down_proj),
                     "scale": attention.scaling,
                 }
             )
@@ -61,7 +61,7 @@ class Decoder:
         self.heads, self.pairs = model.config.num_attention_heads, model.config.num_key_value_heads
         self.angles = None
 
-    def together(self, *projections):
+    def fuse(self, *projections):
         """Weights and biases of several projections as one."""
         weight = torch.cat([p.weight for p in projections]) if len(projections) > 1 else projections[0].weight
         bias = None if projections[0].bias is None else torch.cat([p.bias for p in projections]).to(self.dtype)

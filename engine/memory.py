@@ -1,4 +1,4 @@
-"""What to do where memory runs out, and with what is freed."""
+"""What is done when memory runs out, and with memory that is freed."""
 
 import contextlib
 import ctypes
@@ -9,18 +9,17 @@ import torch
 from configs import InputError
 
 
-class Fits:
-    """Does work with as much at once as memory holds."""
+class FitToMemory:
+    """Does work with as much at once as memory holds: fit_to_memory("updates", most, work) returns work(most).
+
+    If memory runs out, it tries again with half as much, and starts there from then on. Nothing that is computed
+    changes. Raises InputError if memory runs out with a single one.
+    """
 
     def __init__(self):
         self.halvings = Counter()  # by purpose, since the run began
-        keep_freed_memory()
 
     def __call__(self, purpose, most, work):
-        """work(most); where memory runs out, again with half of it, from then on. What is computed stays the same.
-
-        Raises InputError where memory runs out with a single one.
-        """
         while True:
             size = max(1, most >> self.halvings[purpose])
             try:
@@ -34,6 +33,13 @@ class Fits:
                     ) from None
             self.halvings[purpose] += 1
             torch.cuda.empty_cache()
+
+
+def set_up_process(device):
+    """Settings of the whole process that make training on a device faster. A script calls it when training begins."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape, and most of ours come once
+    keep_freed_memory()
 
 
 def keep_freed_memory():

@@ -30,7 +30,7 @@ class TokenLogps(torch.autograd.Function):
         for start in range(0, len(weight), size):
             columns = slice(start, min(start + size, len(weight)))
             logits = logits_of(hidden, weight, bias, columns)
-            inside, place = where(targets, columns)
+            inside, place = in_block(targets, columns)
             chosen = chosen + logits.gather(1, place).squeeze(1).masked_fill(~inside, 0.0)
             tops.append(logits.amax(1))  # (tokens,)
             exps = logits.sub_(tops[-1][:, None]).exp_()
@@ -70,7 +70,7 @@ class TokenLogps(torch.autograd.Function):
                 del information
             else:
                 block = exps.mul_(of_exps * -grad[:, None])
-            inside, place = where(targets, columns)
+            inside, place = in_block(targets, columns)
             block = block.scatter_add_(1, place, (grad * inside)[:, None]).to(hidden.dtype)  # (tokens, columns)
             grad_hidden += block @ weight[columns]
             if with_weight:
@@ -87,7 +87,7 @@ def logits_of(hidden, weight, bias, columns):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def where(targets, columns):
+def in_block(targets, columns):
     """Which targets lie in a block of the vocabulary, (tokens,), and in which column of it, (tokens, 1); else any."""
     place = targets - columns.start
     inside = (place >= 0) & (targets < columns.stop)

@@ -1,0 +1,1 @@
+"""What is written of a run, and what keeps it: folder, checkpoints, resuming, signals, metrics, evaluation, pages."""

@@ -1,0 +1,4 @@
+"""How a model runs fast and in little memory: sampling, packing, cache, vocabulary, memory.
+
+Nothing here changes a number.
+"""

@@ -1,0 +1,65 @@
+"""Keys and values of a model's layers while it samples, with room to grow."""
+
+import inspect
+
+import torch
+
+
+def with_cache(model, cache):
+    """The arguments that give a model a cache, whose name is `cache` in transformers 5.24 and later."""
+    takes = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in takes else "past_key_values": cache, "use_cache": True}
+
+
+class GrowingCache:
+    """Keys and values of all layers, (rows, heads, tokens, D) each. It has what a model asks of a cache, and no more.
+
+    Each step writes its token into room that is there already. If there is none, half as much again is added. Rows can
+    leave.
+    """
+
+    slot = None  # (1,) where the next token goes: set while a step is recorded, which attends to the whole room
+
+    def __init__(self, most):
+        self.most, self.layers, self.lengths = most, [], []  # tokens it will ever hold; (keys, values); tokens so far
+
+    def get_seq_length(self, layer=0):
+        return self.lengths[layer] if layer < len(self.lengths) else 0
+
+    def update(self, key, value, layer, *_, **__):
+        """Adds a layer's new keys and values and returns all of them.
+
+        Under autocast keys come in float32, because they went through a norm or a rotation last. They are kept in the
+        dtype of the values, or each product with a query would cast them again.
+        """
+        key = key.to(value.dtype)
+        if layer == len(self.layers):
+            self.layers.append((key[:, :, :0], value[:, :, :0]))
+            self.lengths.append(0)
+        if self.slot is not None:
+            return tuple(
+                states.index_copy_(2, self.slot, new)
+                for states, new in zip(self.layers[layer], (key, value), strict=True)
+            )
+        start = self.lengths[layer]
+        end = start + key.shape[2]
+        self.make_room(layer, end)
+        self.lengths[layer] = end
+        for states, new in zip(self.layers[layer], (key, value), strict=True):
+            states[:, :, start:end] = new
+        return tuple(states[:, :, :end] for states in self.layers[layer])
+
+    def make_room(self, layer, end):
+        """Gives a layer room for `end` tokens.
+
+        New entries are zeroed: attention gives them weight 0, but 0 × NaN from uninitialised memory would still be NaN.
+        """
+        states, used = self.layers[layer], self.lengths[layer]
+        if end > states[0].shape[2]:
+            more = min(max(end, self.most), end + max(32, end // 2)) - used
+            self.layers[layer] = tuple(torch.nn.functional.pad(x[:, :, :used], (0, 0, 0, more)) for x in states)
+
+    def select(self, rows):
+        """Keeps some rows, in that order; repeats those that are named several times."""
+        for i, layer in enumerate(self.layers):  # one layer at a time, because each is there twice while it is copied
+            self.layers[i] = tuple(states[rows] for states in layer)

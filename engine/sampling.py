@@ -1,0 +1,162 @@
+"""The sampler: completions of prompts from a transformers model, token by token, with a key/value cache."""
+
+import torch
+
+from engine.cache import GrowingCache, with_cache
+from engine.decoding import decoder_of
+from engine.precision import autocast
+from engine.rollouts import Rollouts
+from engine.vocabulary import invert_cumulative
+
+
+class Sampler:
+    """Samples completions from a policy, as many at once as memory holds.
+
+    eos_ids: the tokens that end a completion. at_once: how many completions are sampled together at most.
+    fit_to_memory: of engine/memory.py.
+    """
+
+    def __init__(self, policy, tokenizer, eos_ids, at_once, fit_to_memory):
+        self.policy, self.tokenizer, self.eos_ids = policy, tokenizer, eos_ids
+        self.at_once, self.fit_to_memory = at_once, fit_to_memory
+
+    def __call__(
+        self,
+        rows: list,
+        group_size: int,
+        uniform: torch.Tensor | None,
+        *,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+    ) -> Rollouts:
+        """group_size completions of each row's prompt, groups contiguous.
+
+        uniform (B, max_tokens): numbers in [0, 1) that decide each token; None decodes greedily. So a completion does
+        not depend on how many are sampled at once, which may be a part of a group.
+        """
+
+        def sample_in_parts(at_once):
+            parts, prompts, most = [], max(1, at_once // group_size), min(at_once, group_size)
+            for i in range(0, len(rows), prompts):
+                for first in range(0, group_size, most):
+                    size, numbers = min(most, group_size - first), None
+                    if uniform is not None:
+                        numbers = uniform.view(len(rows), group_size, -1)[i : i + prompts, first : first + size]
+                        numbers = numbers.flatten(0, 1)
+                    part = (rows[i : i + prompts], size, numbers)
+                    parts.append(self.sample_together(*part, temperature, top_p, max_tokens))
+            return parts[0] if len(parts) == 1 else Rollouts.join(parts)
+
+        return self.fit_to_memory("sampling", self.at_once, sample_in_parts)
+
+    @torch.no_grad()
+    def sample_together(self, rows, group_size, uniform, temperature, top_p, max_tokens):
+        """As __call__, all completions in one batch. A completion that has ended leaves the batch."""
+        model, device, batch = self.policy, self.policy.device, len(rows) * group_size
+        uniform = None if uniform is None else uniform.to(device)
+        hidden, cache, visible, position = self.read_prompts(rows, group_size, max_tokens)
+        width, eos_ids = visible.shape[1] - max_tokens, torch.tensor(self.eos_ids, device=device)
+        ids = torch.full((batch, max_tokens), self.tokenizer.pad_token_id, device=device)
+        logps, lengths = (
+            torch.zeros(batch, max_tokens, device=device),
+            torch.zeros(batch, dtype=torch.long, device=device),
+        )
+        place = torch.arange(batch, device=device)  # where each row of the shrinking batch belongs
+        running = torch.ones(batch, dtype=torch.bool, device=device)
+        with (
+            torch.inference_mode(),
+            autocast(device),
+        ):  # another autocast: each keeps copies of the weights until it ends
+            decode = decoder_of(model)
+            for t in range(max_tokens):
+                logits = model.get_output_embeddings()(hidden)  # (rows, V)
+                numbers = None if uniform is None else uniform[place, t]
+                tokens, logps[place, t] = sample_tokens(logits, numbers, temperature, top_p)
+                ids[place, t] = tokens
+                lengths[place] += running
+                running &= ~torch.isin(tokens, eos_ids)
+                left = int(running.sum()) if (t + 1) % tokens_between_checks(device) == 0 else len(running)
+                if left == 0 or t == max_tokens - 1:
+                    break
+                if left <= 0.75 * len(running):  # not at every end: copying the cache costs more than a few idle rows
+                    keep = running.nonzero().squeeze(1)
+                    cache.select(keep)
+                    place, tokens, running, visible, position = (
+                        x[keep] for x in (place, tokens, running, visible, position)
+                    )
+                hidden = decode(tokens, position, cache, visible[:, : width + t + 1])  # (rows, H)
+                position = position + 1
+        truncated = torch.zeros(batch, dtype=torch.bool, device=device)
+        truncated[place] = running
+        return assemble(self.tokenizer, rows, group_size, ids.cpu(), lengths.cpu(), logps.cpu(), truncated.cpu())
+
+    def read_prompts(self, rows, group_size, max_tokens):
+        """Each prompt goes through the model once, padded on the left; then all is repeated for the group.
+
+        Returns the last hidden states (B, H); the cache; which positions of prompt and completion are no padding,
+        (B, P + max_tokens); and the position of each completion's first token (B,).
+        """
+        model, device = self.policy, self.policy.device
+        lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
+        width, pad = int(lengths.max()), [self.tokenizer.pad_token_id]
+        prompt_ids = torch.tensor([pad * (width - len(row["prompt_ids"])) + row["prompt_ids"] for row in rows])
+        visible = torch.arange(width + max_tokens) >= (width - lengths)[:, None]  # (prompts, P + max_tokens)
+        prompt_ids, visible, position = prompt_ids.to(device), visible.to(device), lengths.to(device)
+        cache, seen = GrowingCache(width + max_tokens), visible[:, None, None, :width]  # (prompts, 1, 1, P)
+        with autocast(device):
+            hidden = model.base_model(
+                input_ids=prompt_ids,
+                attention_mask=(seen | torch.eye(width, dtype=torch.bool, device=device)).tril(),  # (prompts, 1, P, P)
+                position_ids=(visible[:, :width].cumsum(1) - 1).clamp(min=0),
+                **with_cache(model.base_model, cache),
+            ).last_hidden_state[:, -1]  # (prompts, H)
+        prompt = torch.arange(len(rows) * group_size, device=device) // group_size
+        cache.select(prompt)
+        return hidden[prompt], cache, visible[prompt], position[prompt]
+
+
+def sample_tokens(logits, uniform, temperature, top_p):
+    """One token per row by inverting the cumulative distribution at uniform (rows,), or the best token if it is None.
+
+    Returns tokens and their log-probs under the full distribution, both (rows,).
+    """
+    probs = full = (logits.float() / temperature if temperature != 1 else logits.float()).softmax(-1)  # (rows, V)
+    if uniform is None:
+        tokens = probs.argmax(-1)
+    else:
+        if top_p < 1:
+            ranked, order = probs.sort(-1, descending=True)
+            outside = ranked.cumsum(-1) - ranked >= top_p  # the most likely token always stays
+            probs = probs.scatter(-1, order, ranked.masked_fill(outside, 0.0))
+        tokens = invert_cumulative(probs, uniform)
+    return tokens, full.gather(1, tokens[:, None]).squeeze(1).log()
+
+
+def tokens_between_checks(device):
+    """How many tokens to sample between checks for finished rows.
+
+    A check makes the CPU wait for the GPU, so on a GPU it is done every 16 tokens.
+    """
+    return 16 if device.type == "cuda" else 1
+
+
+def assemble(tokenizer, rows, group_size, completion_ids, completion_lengths, logps, truncated):
+    """Rollouts of what was sampled: masks from lengths, each completion right behind its prompt without padding."""
+    prompts = [row for row in rows for _ in range(group_size)]
+    longest = int(completion_lengths.max())
+    completion_mask = torch.arange(longest) < completion_lengths[:, None]  # (B, T)
+    completions = [ids[:n].tolist() for ids, n in zip(completion_ids, completion_lengths, strict=True)]
+    written = [ids[: len(ids) - ended] for ids, ended in zip(completions, (~truncated).tolist(), strict=True)]
+    texts = tokenizer.batch_decode(written, skip_special_tokens=False)  # <think> is part of what a model wrote
+    sequences = [torch.tensor(row["prompt_ids"] + ids) for row, ids in zip(prompts, completions, strict=True)]
+    return Rollouts(
+        prompts=prompts,
+        texts=[row.get("begun", "") + text for row, text in zip(prompts, texts, strict=True)],
+        input_ids=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
+        prompt_lengths=torch.tensor([len(row["prompt_ids"]) for row in prompts]),
+        completion_lengths=completion_lengths,
+        completion_mask=completion_mask,
+        sampled_logps=logps[:, :longest].masked_fill(~completion_mask, 0.0),
+        truncated=truncated,
+    )

@@ -1,0 +1,1 @@
+"""What a run is made from: prompts, tokenizers and models, checked as they are read."""

@@ -1,0 +1,151 @@
+"""All that a run is made from, as the constants say."""
+
+import json
+import logging
+from dataclasses import dataclass
+
+import huggingface_hub
+import torch
+import transformers
+
+from configs import InputError, check_size
+from inputs.chat import encode_prompts
+from inputs.lora import add_lora
+from inputs.models import (
+    check_policy,
+    check_rotation,
+    end_of_sequence_ids,
+    frozen_dtype,
+    load_model,
+    load_tokenizer,
+    without_dropout,
+)
+from inputs.prompts import hold_out, load_prompts, prompt_of
+
+EMBEDDED = "data/arithmetic/train.jsonl", "data/arithmetic/test.jsonl"  # PROMPTS and EVAL_PROMPTS as the scripts ship
+
+
+@dataclass
+class Inputs:
+    """What a trainer works with."""
+
+    train_rows: list  # prompts, as encode_prompts leaves them
+    eval_rows: list
+    tokenizer: object
+    policy: torch.nn.Module
+    eos_ids: list
+    adapter: object  # peft's, None without LoRA
+    reference: object  # Reference, None without a KL term
+
+
+class Reference:
+    """The model whose log-probs are π_ref, as a context: `with reference as model: ...`.
+
+    It is a model of its own on REF_DEVICE. With LoRA it is the policy itself, without its adapter for as long.
+    """
+
+    def __init__(self, model, adapter=None):
+        self.model, self.adapter = model, adapter
+
+    @property
+    def is_policy(self):
+        return self.adapter is not None
+
+    def __enter__(self):
+        self.without = self.adapter.disable_adapter() if self.is_policy else None
+        if self.is_policy:
+            self.without.__enter__()
+        return self.model
+
+    def __exit__(self, *error):
+        if self.is_policy:
+            self.without.__exit__(*error)
+
+
+def load_inputs(c, devices, generator):
+    """Prompts, tokenizer and models as the constants say. Raises InputError on whatever cannot be used.
+
+    c: the script's constants, of configs.snapshot. devices: of policy and reference. generator: decides which prompts
+    are held out and evaluated on.
+    """
+    quiet_libraries()
+    train_rows, eval_rows, eval_source = load_rows(c, generator)
+    tokenizer = load_tokenizer(c.POLICY_MODEL, "POLICY_MODEL", revision=c.POLICY_REVISION, trust=c.TRUST_REMOTE_CODE)
+    policy, adapter, reference = load_policy_and_reference(c, devices, tokenizer)
+    longest = longest_prompt(c, policy, tokenizer)
+    chat = {"system_prompt": c.SYSTEM_PROMPT, "thinking": c.THINKING}
+    chat["variables"] = json.loads(c.CHAT_TEMPLATE_KWARGS or "{}")
+    train_rows = encode_prompts(train_rows, tokenizer, longest, c.PROMPTS, **chat)
+    if len(eval_rows) > c.EVAL_SIZE:  # some of all, because files are often sorted
+        chosen = torch.randperm(len(eval_rows), generator=generator)[: c.EVAL_SIZE].sort().values
+        eval_rows = [eval_rows[i] for i in chosen]
+    eval_rows = encode_prompts(eval_rows, tokenizer, longest, eval_source, **chat)
+    longest = max(len(row["prompt_ids"]) for row in train_rows + eval_rows)
+    check_rotation(policy, longest + c.MAX_COMPLETION_TOKENS)
+    check_size(c.values(), "EVAL_SIZE", "EVAL_SAMPLES", "MAX_COMPLETION_TOKENS", EVAL_SIZE=len(eval_rows))
+    eos_ids = end_of_sequence_ids(policy, tokenizer, "POLICY_MODEL")
+    return Inputs(train_rows, eval_rows, tokenizer, policy, eos_ids, adapter, reference)
+
+
+def quiet_libraries():
+    """Libraries log retries and weights that do not fit. What follows from those is checked and reported here."""
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+
+
+def load_rows(c, generator):
+    """Rows to train on, rows held out, and where those come from."""
+    columns = (c.PROMPT_COLUMN, c.ANSWER_COLUMN, c.PROMPTS_CONFIG)
+    train_rows = load_prompts(c.PROMPTS, "PROMPTS", *columns, c.PROMPTS_SPLIT)
+    eval_source = c.EVAL_PROMPTS
+    if eval_source == EMBEDDED[1] and c.PROMPTS != EMBEDDED[0]:  # another task than the one that is trained on
+        print(f"EVAL_PROMPTS is that of the embedded task: holding out {c.EVAL_SHARE:.0%} of PROMPTS in its place")
+        eval_source = ""
+    if not eval_source:
+        eval_rows, train_rows = hold_out(train_rows, c.EVAL_SHARE, c.PROMPTS, generator)
+        return train_rows, eval_rows, c.PROMPTS
+    eval_rows = load_prompts(eval_source, "EVAL_PROMPTS", *columns, c.EVAL_SPLIT)
+    trained_on = {prompt_of(row) for row in train_rows}
+    if both := sum(prompt_of(row) in trained_on for row in eval_rows):
+        print(f"Warning: {both} of {len(eval_rows)} prompts of EVAL_PROMPTS are also in PROMPTS, so not held out")
+    return train_rows, eval_rows, eval_source
+
+
+def load_policy_and_reference(c, devices, tokenizer):
+    """The policy, its LoRA adapter or None, and the Reference, or None if the loss has no KL term."""
+    options = {"revision": c.POLICY_REVISION, "trust": c.TRUST_REMOTE_CODE}
+    causal, dtype = transformers.AutoModelForCausalLM, getattr(torch, c.POLICY_DTYPE)
+    policy = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", devices[0], dtype=dtype, **options)
+    check_policy(policy, tokenizer, "POLICY_MODEL")
+    adapter = reference = None
+    has_kl = c.KL_COEF > 0 or c.ADAPTIVE_KL
+    if c.LORA_RANK > 0:
+        with torch.random.fork_rng(devices=[]):  # peft draws the adapters' first weights
+            torch.manual_seed(c.SEED)
+            adapter = add_lora(policy, c.LORA_RANK, c.LORA_ALPHA, c.LORA_TARGETS)
+        reference = Reference(policy, adapter) if has_kl else None
+    elif has_kl:
+        dtype = frozen_dtype(c.FROZEN_DTYPE, devices[1])
+        model = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", devices[1], dtype=dtype, **options)
+        reference = Reference(model.requires_grad_(False))
+    if c.GRADIENT_CHECKPOINTING:
+        without_dropout(policy)
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # in newer transformers, in older
+        next(getattr(policy, name) for name in names if hasattr(policy, name))({"use_reentrant": False})
+        policy.enable_input_require_grads()
+    return policy, adapter, reference
+
+
+def longest_prompt(c, policy, tokenizer):
+    """How many tokens a prompt may have: what the model's context leaves beside a completion, or MAX_PROMPT_TOKENS."""
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+    longest = context - c.MAX_COMPLETION_TOKENS
+    longest = min(longest, c.MAX_PROMPT_TOKENS) if c.MAX_PROMPT_TOKENS else longest
+    if longest < 1:
+        raise InputError(
+            f"MAX_COMPLETION_TOKENS = {c.MAX_COMPLETION_TOKENS} leaves no room for a prompt in the model's context of "
+            f"{longest + c.MAX_COMPLETION_TOKENS} tokens; lower --max-completion-tokens"
+        )
+    return longest

@@ -1,0 +1,156 @@
+"""Models and tokenizers, and whether the scripts can train them."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from configs import InputError, find_model
+from engine import packing
+from inputs.errors import LOAD_ERRORS, not_loaded
+
+OTHER_KIND = {  # what to do where the head of a reward model is not what is asked for
+    transformers.AutoModelForSequenceClassification: (
+        "give a sequence classifier, or for a token classifier --no-use-sequence-level-reward"
+    ),
+    transformers.AutoModelForTokenClassification: (
+        "give a token classifier, or for a sequence classifier --use-sequence-level-reward"
+    ),
+}
+
+
+def load_model(auto_class, name, constant, device, *, revision="main", dtype=torch.float32, trust=False, packed=True):
+    """A model in eval mode. Every tensor comes from its safetensors files; none is made up or left over.
+
+    packed: with the attention of engine/packing.py, which the scripts' own passes use; else the machine's best one.
+    """
+    flash = device.type == "cuda" and dtype != torch.float32 and transformers.utils.is_flash_attn_2_available()
+    place = find_model(name, constant)
+    try:  # transformers passes over one that it cannot read, and over the ends of sequence in it
+        if (generation := Path(place) / "generation_config.json").is_file():
+            json.loads(generation.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise not_loaded("generation_config.json", name, constant, error) from None
+    try:
+        model, info = auto_class.from_pretrained(
+            place,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=packing.NAME if packed else "flash_attention_2" if flash else "sdpa",
+            use_safetensors=True,
+            trust_remote_code=trust,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
+            output_loading_info=True,
+        )
+    except LOAD_ERRORS as error:
+        raise not_loaded("model", name, constant, error) from None
+    wrong = [f"{what.replace('_', ' ')} {sorted(map(str, keys))[:3]}" for what, keys in info.items() if keys]
+    if wrong:
+        head = any(str(key).startswith(("score.", "classifier.")) for keys in info.values() for key in keys)
+        remedy = OTHER_KIND.get(auto_class, "save it anew") if head else "save it anew"
+        raise InputError(f"{constant} = {name!r}: its weights do not fit its config: {'; '.join(wrong)}; {remedy}")
+    return model.to(device).eval()
+
+
+def load_tokenizer(name, constant, *, revision="main", trust=False):
+    """A tokenizer with a pad token, the end-of-sequence token where it has none of its own."""
+    place = find_model(name, constant)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust)
+    except Exception as error:  # the tokenizers library raises nothing narrower about a file it cannot use
+        raise not_loaded("tokenizer", name, constant, error) from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes such a one where there are no files
+        raise InputError(f"{constant} = {name!r}: no tokenizer files there; save the tokenizer in that folder")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"{constant} = {name!r}: the tokenizer has no pad and no end-of-sequence token; set eos_token in its "
+                "tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_of_sequence_ids(model, tokenizer, constant):
+    """All ids that end a completion: a chat model's generation config often has more than the tokenizer's one."""
+    of_model = model.generation_config.eos_token_id
+    ids = {*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id} - {None}
+    if wrong := [value for value in ids if type(value) is not int]:
+        raise InputError(
+            f"{constant}: eos_token_id {wrong[0]!r} is no token's number; mend the model's generation_config.json"
+        )
+    if not ids:
+        raise InputError(f"{constant}: the model has no end-of-sequence token; set eos_token in its tokenizer")
+    return sorted(ids)
+
+
+@torch.no_grad()
+def check_policy(model, tokenizer, constant):
+    """Raises InputError where the scripts would sample from, and train, another model than the one given.
+
+    They pack sequences and apply the output head themselves, a matrix and perhaps a bias, to completion positions
+    alone: a model that scales or caps its logits after it is not supported, nor one whose attention is of another kind.
+    And every id of the tokenizer must have an embedding.
+    """
+    check_vocabulary(model, tokenizer, constant)
+    ids, lengths, head = torch.arange(10).remainder(len(tokenizer)).view(2, 5), [5, 3], model.get_output_embeddings()
+    try:
+        packed_rows = packing.Packing(model, torch.tensor(lengths))
+        hidden = model.base_model(**packed_rows.inputs(ids), use_cache=False).last_hidden_state[0]
+        packed = torch.nn.functional.linear(hidden, head.weight, head.bias)
+        model.set_attn_implementation("sdpa")
+        alone = [model(row[None, :n].to(model.device)).logits[0] for row, n in zip(ids, lengths, strict=True)]
+        model.set_attn_implementation(packing.NAME)
+    except Exception:  # a model of another kind may raise what it likes
+        packed, alone = torch.zeros(1), [torch.ones(1)]
+    if not packed.isfinite().all():
+        raise InputError(f"{constant}: its logits are not finite, so its weights hold nan or inf; give another copy")
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not torch.allclose(packed, torch.cat(alone), rtol=tolerance, atol=tolerance):
+        raise InputError(
+            f"{constant}: {type(model).__name__} has an attention of its own kind, or changes its logits after the "
+            "output head, which the scripts do not support; give a model like Qwen3 or Llama"
+        )
+
+
+def check_rotation(model, longest):
+    """Raises InputError if a token's rotation would depend on the longest sequence of a pass, as LongRoPE's does.
+
+    Sampling and training group sequences in other ways, so they would not agree. longest: tokens of a sequence.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # some models have several
+        limit = one.get("original_max_position_embeddings") or config.max_position_embeddings
+        if one.get("rope_type") in ("longrope", "dynamic") and longest > limit:
+            raise InputError(
+                f"POLICY_MODEL: its rotation of positions, {one['rope_type']}, depends on whether a sequence beside "
+                f"is longer than {limit} tokens, and prompt and completion may have {longest} here; lower "
+                "--max-completion-tokens or --max-prompt-tokens, or give another model"
+            )
+
+
+def check_vocabulary(model, tokenizer, constant):
+    """Raises InputError unless every id of the tokenizer has an embedding."""
+    if len(tokenizer) > (vocabulary := model.get_input_embeddings().num_embeddings):
+        raise InputError(
+            f"{constant}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}; give a pair that fits"
+        )
+
+
+def frozen_dtype(name, device):
+    """The dtype of a model that is not trained: by name, or with "auto" bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def without_dropout(model):
+    """The model, unable to drop anything: checkpointing works in training mode alone, where π must stay the same π."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model

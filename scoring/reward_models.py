@@ -1,0 +1,148 @@
+"""Learned rewards: of whole completions, and of each token."""
+
+import math
+
+import torch
+import transformers
+
+from configs import InputError
+from engine.packing import micro_batches
+from inputs.errors import short
+from inputs.models import check_vocabulary, frozen_dtype, load_model, load_tokenizer
+
+
+def load_reward_model(c, device, policy_tokenizer):
+    """The model of REWARD_MODEL, as the constants say: a RewardModel, or a TokenRewardModel."""
+    options = {"revision": c.REWARD_REVISION, "trust": c.TRUST_REMOTE_CODE}
+    classifiers = transformers.AutoModelForSequenceClassification, transformers.AutoModelForTokenClassification
+    classifier = classifiers[not c.USE_SEQUENCE_LEVEL_REWARD]
+    dtype = frozen_dtype(c.FROZEN_DTYPE, device)
+    model = load_model(classifier, c.REWARD_MODEL, "REWARD_MODEL", device, dtype=dtype, packed=False, **options)
+    tokenizer = load_tokenizer(c.REWARD_MODEL, "REWARD_MODEL", **options)
+
+    def batches(lengths):
+        return micro_batches(lengths, c.MICRO_BATCH_TOKENS)
+
+    if c.USE_SEQUENCE_LEVEL_REWARD:
+        return RewardModel(model, tokenizer, c.REWARD_MODEL, batches)
+    return TokenRewardModel(model, tokenizer, policy_tokenizer, c.REWARD_MODEL, batches, c.STEP_SEPARATOR)
+
+
+class RewardModel:
+    """A learned reward: the one logit of a sequence classifier for a prompt and its completion.
+
+    It has its own tokenizer, and sees a chat by its own template where it has one, else prompt and completion as one
+    text. What is longer than the model's context loses its beginning; report() says how often.
+    batches: a function that splits rows into batches by their lengths.
+    """
+
+    def __init__(self, model, tokenizer, name, batches):
+        self.model, self.tokenizer = model.requires_grad_(False), tokenizer
+        self.name, self.batches = name, batches
+        config = model.config.get_text_config()
+        config.pad_token_id = tokenizer.pad_token_id
+        if model.config.num_labels != 1:
+            have = f"REWARD_MODEL = {name!r} has {model.config.num_labels} logits"
+            raise InputError(f"{have}; give --reward-model one with a single logit")
+        check_vocabulary(model, tokenizer, f"REWARD_MODEL = {name!r}")
+        limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+        self.longest = min(limit for limit in limits if limit)
+        self.seen = self.cut = 0
+
+    @torch.no_grad()
+    def __call__(self, rows, texts, _):
+        """A score per completion, as a list."""
+        texts = [self.text_of(row, text) for row, text in zip(rows, texts, strict=True)]
+        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal completions get equal scores
+        whole = self.tokenizer(list(distinct), add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+        cut = [len(ids) > self.longest for ids in whole]
+        self.seen, self.cut = self.seen + len(texts), self.cut + sum(cut[distinct[text]] for text in texts)
+        lengths, device = torch.tensor([min(len(ids), self.longest) for ids in whole]), self.model.device
+        scores = torch.zeros(len(whole), device=device)
+        for rows in self.batches(lengths):
+            ids = {"input_ids": [whole[i][-self.longest :] for i in rows]}
+            batch = self.tokenizer.pad(ids, return_tensors="pt", padding_side="right").to(device)
+            scores[rows.to(device)] = self.model(**batch).logits[:, 0].float()
+        scores = scores.tolist()
+        return [scores[distinct[text]] for text in texts]
+
+    def text_of(self, row, text):
+        if self.tokenizer.chat_template:
+            chat = [*row["messages"], {"role": "assistant", "content": text}]
+            try:
+                return self.tokenizer.apply_chat_template(chat, tokenize=False)
+            except Exception as error:  # as for prompts: a template may raise what it likes
+                raise InputError(
+                    f"REWARD_MODEL = {self.name!r}: its chat template refuses {chat!r:.200}: {short(error)}; change "
+                    "the prompts or the template"
+                ) from None
+        return row["prompt"] + text
+
+    def check(self, row):
+        """Raises InputError where a prompt and its answer get no score: now, and not after a step's sampling."""
+        (score,) = self([row], [row["answer"]], None)
+        self.report()
+        if not math.isfinite(score):
+            raise InputError(f"REWARD_MODEL = {self.name!r} gives {score} for the first prompt; give another copy")
+
+    def report(self):
+        """The share of texts that were cut since the last report."""
+        seen, cut, self.seen, self.cut = self.seen, self.cut, 0, 0
+        return {"reward_cut": cut / max(1, seen)}
+
+
+class TokenRewardModel:
+    """A learned reward per token: the one logit of a token classifier at each token of a completion.
+
+    It reads the very ids that the policy sampled, so it has the policy's vocabulary. With a separator, it counts only
+    tokens at which that text ends, and the last one. The rest is as in RewardModel.
+    """
+
+    def __init__(self, model, tokenizer, policy_tokenizer, name, batches, separator):
+        self.model, self.tokenizer, self.batches = model.requires_grad_(False), policy_tokenizer, batches
+        self.separator, self.token_scores, self.seen, self.cut = separator, None, 0, 0
+        if model.config.num_labels != 1:
+            raise InputError(f"REWARD_MODEL = {name!r} has {model.config.num_labels} logits; give a model with 1")
+        if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
+            raise InputError(
+                f"REWARD_MODEL = {name!r} does not have the policy's vocabulary, whose tokens it is to score; give one "
+                "with the same tokenizer, or --use-sequence-level-reward"
+            )
+        self.longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62
+
+    @torch.no_grad()
+    def __call__(self, rows, texts, rollouts):
+        """The sum of each completion's token scores, as a list. token_scores (B, T) holds them, else 0."""
+        mask, lengths = rollouts.completion_mask, rollouts.lengths
+        self.token_scores = torch.zeros(mask.shape)
+        self.seen, self.cut = self.seen + len(texts), self.cut + int((lengths > self.longest).sum())
+        for batch in self.batches(lengths.clamp(max=self.longest)):
+            kept = [rollouts.input_ids[i, : lengths[i]][-self.longest :] for i in batch]
+            ids = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)  # on the right, which a causal model ignores
+            here = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in kept])[:, None]
+            device = self.model.device
+            logits = self.model(input_ids=ids.to(device), attention_mask=here.to(device)).logits[..., 0].float().cpu()
+            for row, i, scores in zip(kept, batch.tolist(), logits, strict=True):
+                count = min(int(rollouts.completion_lengths[i]), len(row))
+                last = int(rollouts.completion_lengths[i])
+                self.token_scores[i, last - count : last] = scores[len(row) - count : len(row)]
+        if self.separator:
+            self.token_scores.masked_fill_(~self.step_ends(rollouts), 0.0)
+        sums = self.token_scores.double().sum(1)
+        self.token_scores[~sums.isfinite()] = 0.0  # the sum says that it failed
+        return sums.tolist()
+
+    def step_ends(self, rollouts):
+        """Which tokens end a step: those in whose text the separator comes to its end, and each completion's last."""
+        ends = torch.zeros_like(rollouts.completion_mask)
+        for i, (start, end) in enumerate(zip(rollouts.prompt_lengths, rollouts.lengths, strict=True)):
+            pieces = [self.tokenizer.decode([token]) for token in rollouts.input_ids[i, start:end].tolist()]
+            text, written = "", 0
+            for t, piece in enumerate(pieces):
+                text += piece
+                ends[i, t] = text.count(self.separator) > written
+                written = text.count(self.separator)
+            ends[i, len(pieces) - 1] = True
+        return ends
+
+    report = RewardModel.report
