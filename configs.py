@@ -9,7 +9,6 @@ import ast
 import contextlib
 import difflib
 import functools
-import hashlib
 import io
 import json
 import math
@@ -125,7 +124,7 @@ class _Constant(NamedTuple):
 
 
 @functools.lru_cache(8)
-def _constants_of(text):
+def constants_in(text):
     """The constants in a script's text, {name: _Constant}, in the order of the file. One may take several lines.
 
     Raises InputError if a constant is set in another way than NAME = value, for then its value could not be told.
@@ -196,9 +195,9 @@ def snapshot(namespace):
         )
     path = Path(namespace["__file__"])
     text = path.read_text(encoding="utf-8")
-    values = {name: namespace[name] for name in _constants_of(text) if name in namespace}  # some may be new there
+    values = {name: namespace[name] for name in constants_in(text) if name in namespace}  # some may be new there
     validate(values)
-    return Constants(values | {"OUTPUT_DIR": _expanded("OUTPUT_DIR", values["OUTPUT_DIR"])}, path, text)
+    return Constants(values | {"OUTPUT_DIR": expand_home("OUTPUT_DIR", values["OUTPUT_DIR"])}, path, text)
 
 
 def read_constants(namespace):
@@ -206,7 +205,7 @@ def read_constants(namespace):
 
     namespace: the globals() of the script.
     """
-    constants = _constants_of(Path(namespace["__file__"]).read_text(encoding="utf-8"))
+    constants = constants_in(Path(namespace["__file__"]).read_text(encoding="utf-8"))
     return {name: (namespace[name], one.comment, one.group) for name, one in constants.items() if name in namespace}
 
 
@@ -270,7 +269,7 @@ def _number_of(kind):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {_KINDS[kind]}, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"expected {KINDS[kind]}, got {text!r}") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
         return value
@@ -278,13 +277,8 @@ def _number_of(kind):
     return parse
 
 
-def apply_overrides(namespace, argv=None):
-    """Sets the script's constants from a preset and the command line, then validates them.
-
-    namespace: the globals() of the script, changed in place. argv: without the program's name; sys.argv[1:] if None.
-    Raises InputError on an unknown flag, a value of the wrong type, or a value against a rule.
-    """
-    constants = read_constants(namespace)
+def _parser_of(namespace, constants):
+    """The parser of a script's flags."""
     parser = _Parser(
         usage="%(prog)s [--flag value ...]",
         description=namespace["__doc__"].strip().splitlines()[0],
@@ -294,7 +288,7 @@ def apply_overrides(namespace, argv=None):
     groups = {}
     for name, (value, comment, group) in constants.items():
         kind = _rule(name)[0] or type(value)
-        if kind not in _KINDS:  # a constant that someone added, such as a list, is no flag
+        if kind not in KINDS:  # a constant that someone added, such as a list, is no flag
             continue
         if group not in groups:
             groups[group] = parser.add_argument_group(group.partition(":")[0], group.partition(":")[2].strip() or None)
@@ -306,9 +300,21 @@ def apply_overrides(namespace, argv=None):
             options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
         options["help"] = f"{comment} (default: {value!r})".replace("%", "%%")
         groups[group].add_argument("--" + name.lower().replace("_", "-"), **options)
-    given = vars(parser.parse_args(argv, _Given()))
+    return parser
+
+
+def apply_overrides(namespace, argv=None):
+    """Sets the script's constants from a preset and the command line, then validates them.
+
+    namespace: the globals() of the script, changed in place. argv: without the program's name; sys.argv[1:] if None.
+    Raises InputError on an unknown flag, a value of the wrong type, or a value against a rule.
+    """
+    constants = read_constants(namespace)
+    given = vars(_parser_of(namespace, constants).parse_args(argv, _Given()))
     if given.get("RESUME", namespace.get("RESUME")):
-        return _resume(namespace, constants, given)
+        from bookkeeping.resuming import set_constants  # here, because it builds on this module
+
+        return set_constants(namespace, given)
     preset = given.get("PRESET", namespace.get("PRESET", ""))
     if preset not in ("", *PRESETS):
         have = ", ".join(sorted(PRESETS))
@@ -326,113 +332,7 @@ def apply_overrides(namespace, argv=None):
             check_device(name, given[name])
 
 
-def _resume(namespace, constants, given):
-    """Sets the constants to those of the run to continue. Raises InputError where others are asked for now.
-
-    What is asked for now is what a flag says, or what was edited in the file since the run began.
-    """
-    script = Path(namespace["__file__"])
-    folder = _run_folder(*(given.get(name, namespace[name]) for name in ("RESUME", "OUTPUT_DIR")), script)
-    try:
-        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        saved = {**run["constants"]}
-        before = (folder / script.name).read_text(encoding="utf-8")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--resume {folder}: {_no_run(folder, script, error)}") from None
-    text = script.read_text(encoding="utf-8")
-    sources, sources_before = ({name: one.source for name, one in _constants_of(t).items()} for t in (text, before))
-    as_here = {  # of other types than flags have: a run's config.json holds too little to make them anew
-        name: namespace[name]
-        for name in constants
-        if sources[name] != sources_before.get(name) or type(namespace[name]) not in _KINDS
-    }
-    asked = {**as_here, **given}
-    _refuse_others(folder, run, asked)
-    if _without_constants(text) != _without_constants(before):
-        print(f"Warning: {script.name} is not the code that the run began with, of which {folder} has a copy")
-    if run.get("rewards_sha256", sha256_of_rewards()) != sha256_of_rewards():
-        print("Warning: rewards.py is not as it was when the run began; what its rules say may have changed")
-    here = as_saved({name: namespace[name] for name in constants})
-    for name, value in saved.items():
-        if name in here and name not in asked and name not in DEVICES and here[name] != value:
-            namespace[name] = value
-    namespace.update(asked, RESUME=str(folder))
-    namespace["__preset__"] = namespace["PRESET"]  # whose constants are among those of the run
-    validate(constant_values(namespace))
-
-
-def run_to_resume(constants):
-    """The folder of the run that RESUME names. Raises InputError if its constants are others, as Python may set."""
-    folder = _run_folder(constants.RESUME, constants.OUTPUT_DIR, constants.path)
-    try:
-        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        _refuse_others(folder, run, constants.values())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--resume {folder}: {_no_run(folder, constants.path, error)}") from None
-    return folder
-
-
-def _refuse_others(folder, run, asked):
-    """Raises InputError where constants are asked for that the run was not made with, and that may not change."""
-    saved, may_change = run["constants"], MAY_CHANGE + (MADE_FROM if "fingerprints" in run else ())
-    asked = as_saved(asked)
-    changed = [name for name in asked if name in saved and asked[name] != saved[name] and name not in may_change]
-    if changed:
-        raise InputError(
-            f"--resume {folder}: the run was made with "
-            + ", ".join(f"{name} = {saved[name]!r}, not {asked[name]!r}" for name in changed)
-            + "; leave that as it was, or start a new run"
-        )
-
-
-def _run_folder(name, output_dir, script):
-    """The folder of the run that --resume names; "latest" is the one of this script that logged last."""
-    for constant, value in (("RESUME", name), ("OUTPUT_DIR", output_dir)):  # which nothing has validated yet
-        if not isinstance(value, str):
-            flag = "--" + constant.lower().replace("_", "-")
-            raise InputError(f"{constant} = {value!r} must be {_KINDS[str]}; edit it or give {flag}")
-    if name != "latest":
-        why = ""
-        try:
-            folder = Path(name).expanduser()
-            if folder.is_dir():
-                return folder
-        except (OSError, RuntimeError, ValueError) as error:  # as in find_path; the last: of a NUL
-            why = f" ({getattr(error, 'strerror', None) or error})"
-        raise InputError(f'--resume {name:.200}: no such folder{why}; give that of a run, or "latest"')
-    parent = _expanded("OUTPUT_DIR", output_dir)
-    runs = [path for path in Path(parent).glob(f"{script.stem}-*") if (path / "config.json").is_file()]
-    if not runs:
-        raise InputError(f"--resume latest: {parent} holds no run of {script.name}; give the run's folder")
-    logs = ("config.json", "metrics.jsonl")  # pictures may be drawn again
-    return max(runs, key=lambda run: max((run / log).stat().st_mtime for log in logs if (run / log).is_file()))
-
-
-def _no_run(folder, script, error):
-    """Why a folder cannot be resumed, and what to give in its place."""
-
-    def script_of(place):
-        """The script whose run is in a folder, "" where there is none: a run has a copy of it."""
-        copies = [path.name for path in place.glob("*.py") if path.name != "rewards.py"]
-        copies = [name for name in copies if (script.parent / name).is_file()]
-        return copies[0] if copies and (place / "config.json").is_file() else ""
-
-    with contextlib.suppress(OSError):  # a folder that may not be read tells no more than the error
-        whole = folder.resolve()
-        for outer in whole.parents[:2]:  # of checkpoints/step-N and of final/
-            if script_of(outer):
-                return f"that is a part of a run, which is resumed as a whole; give {outer}"
-        if script_of(whole) not in ("", script.name):
-            return f"that is a run of {script_of(whole)}; use python {script_of(whole)}"
-        if script_of(whole):
-            where = f"--policy-model {folder / 'checkpoints'}/step-N"
-            return f"cannot read its config.json ({error}); put it back, or start a new run, perhaps with {where}"
-        if runs := sorted(path.name for path in whole.iterdir() if script_of(path) == script.name):
-            return f"that is a folder of runs; give one of them, such as {folder / runs[-1]}, or latest"
-    return f"cannot read a run of {script.name} there ({error}); give the folder of a run, or start anew"
-
-
-def _expanded(name, value):
+def expand_home(name, value):
     """A folder's name with its ~ as the home that it stands for."""
     try:
         return str(Path(value).expanduser())
@@ -441,32 +341,11 @@ def _expanded(name, value):
         raise InputError(f"{name} = {value!r}: {error}; give {flag} the whole path") from None
 
 
-def sha256_of_rewards():
-    return hashlib.sha256((HERE / "rewards.py").read_bytes()).hexdigest()
-
-
-def _without_constants(text):
-    lines = text.splitlines()
-    for constant in reversed(_constants_of(text).values()):
-        del lines[constant.lines]
-    return lines
-
-
-# What a resumed run may have otherwise: how long, how often, where, and how much at once.
-MAY_CHANGE = DEVICES + (
-    *("MAX_STEPS", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "SAMPLE_GROUPS", "TENSORBOARD", "WANDB_PROJECT"),
-    *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "LOGITS_AT_ONCE", "GRADIENT_CHECKPOINTING"),
-    *("MERGE_LORA", "PROFILE", "MAX_RESAMPLES"),
-)
-# These, too, where the run has fingerprints of their content, which must be the same: a run may move.
-MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL")
-
-
 # ---- Rules
 
 LARGEST = 1e15  # of all numbers but SEED: what is larger is a slip, and would fail where nobody looks for it
 MOST_TOKENS = 2**31  # of the completions of a step or of an evaluation: 16 GB of random numbers to sample them
-_KINDS = {int: "a whole number", float: "a number", str: "text in quotes", bool: "True or False"}
+KINDS = {int: "a whole number", float: "a number", str: "text in quotes", bool: "True or False"}
 
 
 def _positive(value):
@@ -575,7 +454,7 @@ def validate(values):
             continue
         flag = "--" + name.lower().replace("_", "-")
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise InputError(f"{name} = {value!r} must be {_KINDS[kind]}; edit it or give {flag}")
+            raise InputError(f"{name} = {value!r} must be {KINDS[kind]}; edit it or give {flag}")
         if isinstance(holds, tuple):
             if value not in holds:
                 raise InputError(f"{name} = {value!r} must be one of {', '.join(map(repr, holds))}; give {flag}")

@@ -15,6 +15,7 @@ import configs
 import dapo
 import grpo
 import gspo
+from bookkeeping.folder import sha256_of_rewards
 
 
 def run_main(capsys, *argv):
@@ -307,7 +308,7 @@ def test_a_run_may_move_where_its_content_is_known(capsys, runs):
 def test_code_that_changed_since_a_run_began_is_named(capsys, runs, monkeypatch):
     resume = ["--resume", str(runs / "gspo-1")]
     config = json.loads((runs / "gspo-1" / "config.json").read_text())
-    config["rewards_sha256"] = configs.sha256_of_rewards()
+    config["rewards_sha256"] = sha256_of_rewards()
     (runs / "gspo-1" / "config.json").write_text(json.dumps(config))
     configs.apply_overrides(vars(gspo), resume)
     assert "Warning" not in capsys.readouterr().out

@@ -216,13 +216,22 @@ def test_boards_that_fail_are_a_warning_and_runs_of_one_name_are_two(small, monk
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: 1 / 0)
     small.WANDB_PROJECT, small.MAX_STEPS = "sums", 1
     for name in ("a", "b"):
-        monkeypatch.setattr("bookkeeping.run.time.strftime", lambda *_: "20260102-030405")
+        monkeypatch.setattr("bookkeeping.folder.time.strftime", lambda *_: "20260102-030405")
         small.OUTPUT_DIR = small.OUTPUT_DIR.rpartition("/")[0] + "/" + name
         assert small.GSPOTrainer().train()[-1]["step"] == 1
     out = capsys.readouterr().out
     assert out.count("Weights & Biases cannot be logged to: No API key configured; training goes on") == 2
     assert out.count("TensorBoard's events cannot be written: division by zero; training goes on") == 2
     assert ids[0] != ids[1] and all(one.startswith("gspo-20260102-030405-") for one in ids)
+
+
+@pytest.mark.parametrize("broken", ["start", "export_chrome_trace"])
+def test_a_profile_that_cannot_be_taken_stops_no_training(small, monkeypatch, capsys, broken):
+    monkeypatch.setattr(torch.profiler.profile, broken, mock.Mock(side_effect=OSError("no space")))
+    small.PROFILE, small.TENSORBOARD, small.MAX_COMPLETION_TOKENS = True, False, 6
+    assert len(small.GSPOTrainer().train()) == 3
+    out = "".join(capsys.readouterr())
+    assert out.count("the profile could not be taken: no space; training goes on without") == 1
 
 
 def test_weights_and_biases_only_if_asked_for(small, monkeypatch, capsys):

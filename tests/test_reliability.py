@@ -26,7 +26,8 @@ import configs
 import dapo
 import grpo
 import gspo
-from bookkeeping import checkpoints
+from bookkeeping import checkpoints, progress, saving
+from bookkeeping import folder as run_folders
 from bookkeeping import run as runs
 from engine import sampling
 
@@ -413,7 +414,7 @@ def test_without_locks_and_folder_syncs_a_run_warns_once_and_goes_on(tmp_path, m
     def refused(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(runs.fcntl, "flock", refused)
+    monkeypatch.setattr(run_folders.fcntl, "flock", refused)
     monkeypatch.setattr(os, "fsync", lambda handle: refused() if S_ISDIR(os.fstat(handle).st_mode) else fsync(handle))
     checkpoints._warn_once.cache_clear()
     trainer = set_up(gspo, tmp_path, MAX_STEPS=1)
@@ -471,7 +472,7 @@ def test_what_the_end_would_not_be_able_to_write_is_tried_first(tmp_path, monkey
     def broken(*_):
         raise AttributeError("'Experts' object has no attribute 'weight'")
 
-    monkeypatch.setattr(runs, "save_merged", broken)
+    monkeypatch.setattr(saving, "save_merged", broken)
     code, line = resume(capsys, gspo, "--lora-rank", 2)
     assert code == 2 and "cannot be saved: AttributeError: 'Experts' object has no" in line and "--lora-targets" in line
     assert not list((tmp_path / "outputs").iterdir())
@@ -579,7 +580,7 @@ def test_a_longer_run_under_a_falling_schedule_says_what_the_rate_will_do(tmp_pa
 
 def test_ten_steps_without_a_signal_are_said_once_and_the_clip_is_not_blamed(tmp_path, capsys, monkeypatch):
     scores_while_training(monkeypatch, lambda name, texts: [(0.0, None)] * len(texts))
-    monkeypatch.setattr(runs, "IDLE_STEPS", 2)
+    monkeypatch.setattr(progress, "IDLE_STEPS", 2)
     constants = {"MAX_STEPS": 4, "REWARDS": "exact_match", "ENTROPY_COEF": 0.0, "KL_COEF": 0.0, "ADAPTIVE_KL": False}
     set_up(gspo, tmp_path, **constants).train()
     out = capsys.readouterr().out
@@ -609,7 +610,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     original = getattr(trainer, moment)
 
     def interrupted(*arguments, **options):
-        now = bool(steps) and steps[-1] == (3 if moment == "evaluate" else 2) and not trainer.run.signal
+        now = bool(steps) and steps[-1] == (3 if moment == "evaluate" else 2) and not trainer.run.signals.received
         updates.extend([1] if now else [])
         if now and (moment != "update" or len(updates) == 2):  # between two updates: the step is ended first
             os.kill(os.getpid(), number)
@@ -664,7 +665,7 @@ def test_a_signal_while_a_profile_is_taken(tmp_path, monkeypatch):
     sample = trainer.sample
 
     def interrupted(*arguments, **options):
-        if trainer.run.steps_begun == 3:
+        if trainer.run.profiler.steps_begun == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return sample(*arguments, **options)
 
@@ -672,7 +673,7 @@ def test_a_signal_while_a_profile_is_taken(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         trainer.train()
     assert exit_.value.code == 143 and (trainer.run.folder / "profile.json.gz").is_file()
-    assert checkpoints.newest(trainer.run.folder).name == "step-2" and trainer.run.profiler is None
+    assert checkpoints.newest(trainer.run.folder).name == "step-2" and trainer.run.profiler.running is None
 
 
 def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):
@@ -792,7 +793,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_the_run_resumes(t
 
     def full_from_step_3_on(step):
         if step == 3:
-            trainer.run._finish_saving()
+            trainer.run.saver.wait()
             largest = max(path.stat().st_size for path in trainer.run.folder.glob("events*"))
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
         return train_step(step)

@@ -16,7 +16,9 @@ from variants import naive_loss, naive_mean
 import configs
 import gspo
 import plotting
-from bookkeeping import run as runs
+from bookkeeping import folder as run_folders
+from bookkeeping import progress
+from bookkeeping.run import Run, Trainer
 from inputs import load
 
 METRICS = (
@@ -271,12 +273,41 @@ def test_the_learning_rate_warms_up_and_decays(small):
 def test_a_script_run_through_a_link_says_the_commit_of_the_file_that_it_leads_to(small, tmp_path, monkeypatch):
     (tmp_path / "train.py").symlink_to(configs.HERE / "gspo.py")
     monkeypatch.setitem(vars(gspo), "__file__", str(tmp_path / "train.py"))
-    monkeypatch.setattr(runs, "describe_machine", lambda repository: {"repository": str(repository)})
+    monkeypatch.setattr(run_folders, "describe_machine", lambda repository: {"repository": str(repository)})
     small.MAX_STEPS, small.SAVE_EVERY = 1, 0
     trainer = small.GSPOTrainer()
     trainer.train()
     assert json.loads((trainer.run.folder / "config.json").read_text())["repository"] == str(configs.HERE)
     assert trainer.run.folder.name.startswith("train-") and (trainer.run.folder / "train.py").is_file()
+
+
+def test_a_run_uses_of_a_trainer_what_the_protocol_declares(small):
+    declared = {name for name in {**vars(Trainer), **Trainer.__annotations__} if not name.startswith("_")}
+    used = set()
+
+    class Watched:
+        def __init__(self, trainer):
+            vars(self)["trainer"] = trainer
+
+        def __getattr__(self, name):
+            used.add(name)
+            return getattr(self.trainer, name)
+
+        def __setattr__(self, name, value):
+            used.add(name)
+            setattr(self.trainer, name, value)
+
+    for small.MAX_STEPS in (1, 2):  # the second run resumes the first
+        trainer = small.GSPOTrainer()
+        with Run(Watched(trainer)) as run:
+            for step in run.steps():
+                metrics = run.unfinished or trainer.train_step(step)
+                run.keep(step, metrics)
+                if run.evaluation_is_due(step):
+                    metrics |= trainer.evaluate()
+                run.finish_step(step, metrics)
+        small.RESUME = str(run.folder)
+    assert used == declared - {"skipped"}  # which is for updates that are not finite
 
 
 def test_warnings_where_constants_cannot_work(small, capsys, monkeypatch):
@@ -290,11 +321,11 @@ def test_warnings_where_constants_cannot_work(small, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "one update per rollout" not in captured.out
     assert "the clip never acted" not in captured.out + captured.err  # in two steps it need not
-    monkeypatch.setattr(runs, "IDLE_STEPS", 2)
+    monkeypatch.setattr(progress, "IDLE_STEPS", 2)
     small.GSPOTrainer().train()
     captured = capsys.readouterr()
     assert "in 2 steps the ratio" in captured.out + captured.err and "the clip never acted" in captured.out
-    assert runs.idle_clip([{"clip_fraction": 0.1, "updates": 2}]) is None
+    assert progress.idle_clip([{"clip_fraction": 0.1, "updates": 2}]) is None
 
 
 def test_the_summary_shows_long_prompts_and_answers_in_brief(small, tmp_path, capsys):
@@ -306,7 +337,7 @@ def test_the_summary_shows_long_prompts_and_answers_in_brief(small, tmp_path, ca
     lines = [line for line in capsys.readouterr().out.splitlines() if "(answer " in line]
     assert len(lines) == 3 and all("(answer one step after one" in line and line.endswith(" ...)") for line in lines)
     assert max(map(len, lines)) < 120
-    assert runs._brief("字" * 200) == "字" * 76 + " ..." and runs._brief("a\n b") == "a b"
+    assert progress.in_brief("字" * 200) == "字" * 76 + " ..." and progress.in_brief("a\n b") == "a b"
 
 
 # ---- Pictures

@@ -1,0 +1,78 @@
+"""What is printed of a run: its progress bar or a line per step, what does not act, and the summary at its end."""
+
+import sys
+
+from tqdm import tqdm
+
+from bookkeeping.metrics import idle_clip
+
+IDLE_STEPS = 10  # steps after which a clip that never acted, or groups without a signal, are worth a warning
+
+
+class Progress:
+    """The progress bar of a run. Without a terminal, as in a batch system's log, each step is a line instead."""
+
+    def __init__(self, constants):
+        self.algorithm, self.steps = constants.algorithm, constants.MAX_STEPS
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=self.steps, desc=self.algorithm, unit="step", dynamic_ncols=True, disable=hidden)
+
+    def move_to(self, step):
+        self.bar.update(step - self.bar.n)
+
+    def show(self, history):
+        """Shows the latest step, and the accuracy of the latest evaluation."""
+        metrics, evaluated = history[-1], next(row for row in reversed(history) if "eval_accuracy" in row)
+        numbers = (
+            f"reward {metrics['reward']:.2f}, accuracy {evaluated['eval_accuracy']:.2f}, "
+            f"KL {metrics['kl_divergence'] or 0:.3f}, clipped {metrics['clip_fraction'] or 0:.0%}, "
+            f"{metrics['tokens_per_second']:.0f} tokens/s"
+        )
+        self.move_to(metrics["step"])
+        self.bar.set_postfix_str(numbers)
+        if self.bar.disable:
+            print(f"{self.algorithm} step {metrics['step']}/{self.steps}: {numbers}", flush=True)
+
+    def close(self):
+        self.bar.close()
+
+
+def say_what_does_not_act(step, history, constants, files):
+    """Warns of rewards that teach nothing, and of a clip that is too wide to act. files: the RunFolder."""
+    latest = [row.get("dead_groups") for row in history[1:]][-IDLE_STEPS:]
+    if latest[-1] != 1:
+        files.well_again("signal")
+    if latest == [1] * IDLE_STEPS:
+        files.complain(
+            "signal",
+            f"in {IDLE_STEPS} steps no group had a signal: all completions of each got the same reward, so that "
+            "there is nothing to prefer; look at samples.html, and change --rewards, the prompts or --temperature",
+        )
+    elif step == IDLE_STEPS and (ratios := idle_clip(history)):
+        tqdm.write(
+            f"Warning: in {step} steps the ratio stayed in [{ratios[0]:.6f}, {ratios[1]:.6f}] and the clip never "
+            f"acted; lower CLIP_LOW = {constants.CLIP_LOW:g} and CLIP_HIGH = {constants.CLIP_HIGH:g}"
+        )
+
+
+def print_summary(history, rows, texts_before, texts_after, folder):
+    """Held-out accuracy and the first completions before and after training, and where to find what was made."""
+    evaluations = [metrics for metrics in history if "eval_accuracy" in metrics]
+    before, after = evaluations[0], evaluations[-1]
+    for name, how in (("eval_accuracy", "sampled"), ("eval_accuracy_greedy", "greedy")):
+        print(f"Held-out accuracy, {how}: {before[name]:.3f} before, {after[name]:.3f} after")
+    for row, old, new in zip(rows, texts_before, texts_after, strict=False):
+        prompt, answer = in_brief(row["prompt"]), in_brief(row["answer"])
+        print(f"  {prompt!r} (answer {answer})\n    before {old!r}\n    after  {new!r}")
+    names = [name for name in history[-1] if name.startswith("seconds_")]
+    spent = {name.removeprefix("seconds_"): sum(row.get(name, 0.0) for row in history) for name in names}
+    shares = ", ".join(f"{name} {seconds / sum(spent.values()):.0%}" for name, seconds in spent.items())
+    print(f"Time:    {sum(spent.values()):.0f} s in {len(history) - 1} steps: {shares}")
+    print(f"Model:   {folder / 'final'}")
+    print(f"Picture: {folder / 'metrics.png'}")
+    print(f"Samples: {folder / 'samples.html'}")
+
+
+def in_brief(text, most=80):
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 4] + " ..."

@@ -1,0 +1,199 @@
+"""What a resumed run is compared with and set to: its folder, its constants, what it is made from, its checkpoint."""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from bookkeeping import checkpoints
+from bookkeeping.folder import sha256_of_rewards
+from configs import DEVICES, KINDS, InputError, as_saved, constant_values, constants_in, expand_home, validate
+
+# What a resumed run may have otherwise: how long, how often, where, and how much at once.
+MAY_CHANGE = DEVICES + (
+    *("MAX_STEPS", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "SAMPLE_GROUPS", "TENSORBOARD", "WANDB_PROJECT"),
+    *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "LOGITS_AT_ONCE", "GRADIENT_CHECKPOINTING"),
+    *("MERGE_LORA", "PROFILE", "MAX_RESAMPLES"),
+)
+# These, too, if the run has fingerprints of their content, which must be the same: a run may move.
+MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL")
+
+
+# -- The constants of the run
+
+
+def set_constants(namespace, given):
+    """Sets the constants to those of the run to continue. Raises InputError if others are asked for now.
+
+    What is asked for now is what a flag says, or what was edited in the file since the run began.
+    """
+    script, constants = Path(namespace["__file__"]), constant_values(namespace)
+    folder = _run_folder(*(given.get(name, namespace[name]) for name in ("RESUME", "OUTPUT_DIR")), script)
+    try:
+        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved = {**run["constants"]}
+        before = (folder / script.name).read_text(encoding="utf-8")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume {folder}: {_no_run(folder, script, error)}") from None
+    text = script.read_text(encoding="utf-8")
+    sources, sources_before = ({name: one.source for name, one in constants_in(t).items()} for t in (text, before))
+    as_here = {  # of other types than flags have: a run's config.json holds too little to make them anew
+        name: value
+        for name, value in constants.items()
+        if sources[name] != sources_before.get(name) or type(value) not in KINDS
+    }
+    asked = {**as_here, **given}
+    _refuse_others(folder, run, asked)
+    if _without_constants(text) != _without_constants(before):
+        print(f"Warning: {script.name} is not the code that the run began with, of which {folder} has a copy")
+    if run.get("rewards_sha256", sha256_of_rewards()) != sha256_of_rewards():
+        print("Warning: rewards.py is not as it was when the run began; what its rules say may have changed")
+    here = as_saved(constants)
+    for name, value in saved.items():
+        if name in here and name not in asked and name not in DEVICES and here[name] != value:
+            namespace[name] = value
+    namespace.update(asked, RESUME=str(folder))
+    namespace["__preset__"] = namespace["PRESET"]  # whose constants are among those of the run
+    validate(constant_values(namespace))
+
+
+def run_to_resume(constants):
+    """The folder of the run that RESUME names. Raises InputError if its constants are others, as Python may set."""
+    folder = _run_folder(constants.RESUME, constants.OUTPUT_DIR, constants.path)
+    try:
+        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _refuse_others(folder, run, constants.values())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume {folder}: {_no_run(folder, constants.path, error)}") from None
+    return folder
+
+
+def _refuse_others(folder, run, asked):
+    """Raises InputError if constants are asked for that the run was not made with, and that may not change."""
+    saved, may_change = run["constants"], MAY_CHANGE + (MADE_FROM if "fingerprints" in run else ())
+    asked = as_saved(asked)
+    changed = [name for name in asked if name in saved and asked[name] != saved[name] and name not in may_change]
+    if changed:
+        raise InputError(
+            f"--resume {folder}: the run was made with "
+            + ", ".join(f"{name} = {saved[name]!r}, not {asked[name]!r}" for name in changed)
+            + "; leave that as it was, or start a new run"
+        )
+
+
+def _run_folder(name, output_dir, script):
+    """The folder of the run that --resume names; "latest" is the one of this script that logged last."""
+    for constant, value in (("RESUME", name), ("OUTPUT_DIR", output_dir)):  # which nothing has validated yet
+        if not isinstance(value, str):
+            flag = "--" + constant.lower().replace("_", "-")
+            raise InputError(f"{constant} = {value!r} must be {KINDS[str]}; edit it or give {flag}")
+    if name != "latest":
+        why = ""
+        try:
+            folder = Path(name).expanduser()
+            if folder.is_dir():
+                return folder
+        except (OSError, RuntimeError, ValueError) as error:  # as in find_path; the last: of a NUL
+            why = f" ({getattr(error, 'strerror', None) or error})"
+        raise InputError(f'--resume {name:.200}: no such folder{why}; give that of a run, or "latest"')
+    parent = expand_home("OUTPUT_DIR", output_dir)
+    runs = [path for path in Path(parent).glob(f"{script.stem}-*") if (path / "config.json").is_file()]
+    if not runs:
+        raise InputError(f"--resume latest: {parent} holds no run of {script.name}; give the run's folder")
+    logs = ("config.json", "metrics.jsonl")  # pictures may be drawn again
+    return max(runs, key=lambda run: max((run / log).stat().st_mtime for log in logs if (run / log).is_file()))
+
+
+def _no_run(folder, script, error):
+    """Why a folder cannot be resumed, and what to give in its place."""
+
+    def script_of(place):
+        """The script whose run is in a folder, "" if there is none: a run has a copy of it."""
+        copies = [path.name for path in place.glob("*.py") if path.name != "rewards.py"]
+        copies = [name for name in copies if (script.parent / name).is_file()]
+        return copies[0] if copies and (place / "config.json").is_file() else ""
+
+    with contextlib.suppress(OSError):  # a folder that may not be read tells no more than the error
+        whole = folder.resolve()
+        for outer in whole.parents[:2]:  # of checkpoints/step-N and of final/
+            if script_of(outer):
+                return f"that is a part of a run, which is resumed as a whole; give {outer}"
+        if script_of(whole) not in ("", script.name):
+            return f"that is a run of {script_of(whole)}; use python {script_of(whole)}"
+        if script_of(whole):
+            where = f"--policy-model {folder / 'checkpoints'}/step-N"
+            return f"cannot read its config.json ({error}); put it back, or start a new run, perhaps with {where}"
+        if runs := sorted(path.name for path in whole.iterdir() if script_of(path) == script.name):
+            return f"that is a folder of runs; give one of them, such as {folder / runs[-1]}, or latest"
+    return f"cannot read a run of {script.name} there ({error}); give the folder of a run, or start anew"
+
+
+def _without_constants(text):
+    lines = text.splitlines()
+    for constant in reversed(constants_in(text).values()):
+        del lines[constant.lines]
+    return lines
+
+
+# -- What the run is made from
+
+
+def fingerprints(trainer):
+    """{constant: digits} of what a run is made from, prompts and weights as loaded; the digits change if these do.
+
+    Prompts count as they were given, because a template may hold the day's date; the template counts to the policy.
+    Weights count as bfloat16, which they may be on one device and not on another, by the exact sum of their bits.
+    """
+    reward_model = trainer.rewards.reward_model and trainer.rewards.reward_model.model
+    content = {
+        "PROMPTS": [(row["messages"], row["begun"], row["answer"]) for row in trainer.train_rows],
+        "EVAL_PROMPTS": [(row["messages"], row["begun"], row["answer"]) for row in trainer.eval_rows],
+        "POLICY_MODEL": (trainer.tokenizer.chat_template, _sums_of_bits(trainer.policy)),
+        "REWARD_MODEL": _sums_of_bits(reward_model) if reward_model else None,
+    }
+    return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in content.items()}
+
+
+@torch.no_grad()
+def _sums_of_bits(model):
+    weights = {name: value for name, value in model.named_parameters() if ".lora_" not in name}
+    return [(name, value.bfloat16().view(torch.int16).sum(dtype=torch.long).item()) for name, value in weights.items()]
+
+
+def check_fingerprints(files, constants, found):
+    """Raises InputError if prompts or models are others than those that the run began with. files: its RunFolder."""
+    expected = files.config().get("fingerprints", found)  # older runs have others, of another kind
+    changed = [f"{name} = {getattr(constants, name)!r}" for name in found if found[name] != expected.get(name)]
+    if changed:
+        raise InputError(
+            f"{files.path} began with other content of {', '.join(changed)}; put back what was there, or begin a "
+            "new run"
+        )
+
+
+# -- The state to go on from
+
+
+def checkpoint_to_resume(folder):
+    """The newest checkpoint of a run, None if it has none. Raises InputError if it has some, and none is whole."""
+    path = checkpoints.newest(folder)
+    if path is None and any(folder.glob("checkpoints/step-*[0-9]")):
+        remedy = "copy one back, or remove them all to begin the run again"
+        raise InputError(f"{folder}: none of its checkpoints is as it was written; {remedy}")
+    return path
+
+
+def say_what_the_rate_will_do(constants, steps_before, done, history, learning_rate_at):
+    """Prints how the learning rate goes on if MAX_STEPS has changed, over which a schedule falls to zero.
+
+    done, history: of the resumed run.
+    """
+    steps, schedule = constants.MAX_STEPS, constants.LR_SCHEDULE
+    if schedule != "constant" and steps_before not in (None, steps) and 0 < done < steps and history[1:]:
+        last, then = history[-1]["learning_rate"], learning_rate_at(done + 1)
+        print(
+            f"MAX_STEPS is {steps} now and was {steps_before}, and LR_SCHEDULE = {schedule!r} falls over them: "
+            f"the learning rate goes from {last:.2g} in step {done} to {then:.2g} in step {done + 1}"
+        )

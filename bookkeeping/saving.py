@@ -1,0 +1,84 @@
+"""What is saved of a trainer: checkpoints, in a thread of their own, and the trained model in final/."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+from bookkeeping import checkpoints
+from bookkeeping.policy_files import policy_weights, save_merged, save_policy
+from configs import InputError
+
+
+class Saver:
+    """Saves the model, the tokenizer and the state of a trainer. folder: the path of its run."""
+
+    def __init__(self, trainer, folder):
+        self.trainer, self.folder, self.constants = trainer, folder, trainer.constants
+        self.thread, self.saving = ThreadPoolExecutor(1), None
+
+    def close(self):
+        self.thread.shutdown()
+
+    def try_out(self):
+        """Writes what a checkpoint and final/ will hold, reads the checkpoint again, and removes both.
+
+        What fails here would have failed after all steps.
+        """
+        trial, trainer = self.folder / "trial", self.trainer
+        try:
+            state = {"trainer": trainer.state()}
+            weights = policy_weights(trainer.policy, trainer.adapter)
+            checkpoints.write_folder(trial / "checkpoint", *self._writers_of_checkpoint(weights, 0, state, []))
+            checkpoints.load(trial / "checkpoint", trainer.policy, trainer.adapter)
+            if trainer.adapter is not None:  # else the same weights in the same way
+                checkpoints.write_folder(trial / "final", *self._writers_of_final())
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+
+    def checkpoint(self, step, state, history):
+        """Saves a checkpoint, in the thread once it is copied; returns where it will be. history: all rows up to it."""
+        self.wait()
+        history = list(history)
+        weights = policy_weights(self.trainer.policy, self.trainer.adapter)
+        state, weights = checkpoints.copy_to_cpu(state), checkpoints.copy_to_cpu(weights)
+        best = history[-1].get("eval_accuracy") if history and history[-1]["step"] == step else None
+        target = self.folder / "checkpoints" / f"step-{step}"
+
+        def write():
+            checkpoints.write_folder(target, *self._writers_of_checkpoint(weights, step, state, history, best))
+            checkpoints.prune(self.folder, self.constants.KEEP_CHECKPOINTS)
+
+        self.saving = self.thread.submit(write)
+        return target
+
+    def wait(self):
+        """Waits for the checkpoint that is being written, and says so if it could not be. Returns whether it could."""
+        saving, self.saving = self.saving, None
+        try:
+            if saving:
+                saving.result()
+            return True
+        except checkpoints.WRITE_ERRORS as error:
+            print(f"Warning: a checkpoint could not be written: {error}; the one before it is intact, training goes on")
+            return False
+
+    def final(self):
+        """Writes final/. Raises InputError if it cannot."""
+        self.wait()
+        try:
+            checkpoints.write_folder(self.folder / "final", *self._writers_of_final())
+        except checkpoints.WRITE_ERRORS as error:
+            raise InputError(f"{self.folder / 'final'} could not be written ({error}); free some space") from None
+
+    def _writers_of_checkpoint(self, weights, step, state, history, best=None):
+        trainer = self.trainer
+        return (
+            lambda folder: save_policy(folder, trainer.policy, trainer.adapter, weights),
+            trainer.tokenizer.save_pretrained,
+            lambda folder: checkpoints.write_state(folder, step, state, history, best),
+        )
+
+    def _writers_of_final(self):
+        trainer = self.trainer
+        merge = self.constants.MERGE_LORA and trainer.adapter is not None
+        save = save_merged if merge else save_policy
+        return lambda folder: save(folder, trainer.policy, trainer.adapter), trainer.tokenizer.save_pretrained
