@@ -4,56 +4,50 @@ Samples a few groups, takes one optimizer step, prints a table of what was found
 """
 
 import sys
+from typing import Protocol
 
 import torch
 
+from bookkeeping.run import Trainer
 from configs import InputError
 
 TOLERANCES = 1e-3, 0.1  # nats, in float32 and in bfloat16, for log-probs that two ways of computing should agree on
 MOVED = 0.9  # share of the weights with a gradient that a step should change
 
 
-def selftest(trainer):
+class TestedTrainer(Trainer, Protocol):
+    """All that the selftest uses of a trainer: what a run uses, and the steps that it tries."""
+
+    eos_ids: list[int]  # each of which ends a completion
+    reference: object  # None without a KL term
+
+    def sample(self, rows, group_size, purpose):
+        """Rollouts of some prompts; purpose: what the randomness depends on."""
+
+    def compute_log_probs(self, model, rollouts):
+        """Log-probs of the completions under a model, (B, T)."""
+
+    def compute_rewards(self, rollouts):
+        """(B,) or (B, T)"""
+
+    def update(self, rollouts):
+        """One optimizer step on completions that have old_logps, ref_logps and advantages. Returns its statistics."""
+
+
+def selftest(trainer: TestedTrainer):
     """Prints the table; raises SystemExit(1) if a line fails. trainer: new."""
-    constants = trainer.constants
-    tolerance = TOLERANCES[trainer.policy_device.type == "cuda" or constants.POLICY_DTYPE == "bfloat16"]
+    constants, device = trainer.constants, trainer.devices[0]
+    tolerance = TOLERANCES[device.type == "cuda" or constants.POLICY_DTYPE == "bfloat16"]
     size = min(4, constants.BATCH_SIZE, len(trainer.train_rows))
     rows = trainer.train_rows[:size]
     rollouts = trainer.sample(rows, constants.GROUP_SIZE, ("selftest",))
-    every = torch.arange(len(rollouts.texts))
-    mask = rollouts.completion_mask
     old_logps = trainer.compute_log_probs(trainer.policy, rollouts).cpu()
-    with torch.no_grad():
-        alone = [trainer.compute_log_probs(trainer.policy, rollouts.select(row[None]))[0].cpu() for row in every]
-
     lines = [("first prompt, as the model sees it", repr(rows[0]["prompt_text"]), None)]  # for the reader to judge
     lines.append(("first completion", repr(rollouts.texts[0]), None))
-    gap = (rollouts.sampled_logps - old_logps)[mask].abs()
-    lines.append(
-        ("log-probs, sampler against trainer", f"mean {gap.mean():.1e}, most {gap.max():.1e}", gap.mean() < tolerance)
-    )
-    gap = (torch.stack(alone) - old_logps)[mask].abs()
-    lines.append(("log-probs, batched against alone", f"most {gap.max():.1e}", gap.max() < 10 * tolerance))
-
-    ended = ~rollouts.truncated
-    last = [int(ids[n - 1]) for ids, n in zip(rollouts.input_ids, rollouts.lengths, strict=True)]
-    eos_kept = all(last[i] in trainer.eos_ids and mask[i].sum() == rollouts.completion_lengths[i] for i in every[ended])
-    text = f"{int(ended.sum())} of {len(ended)} ended; ends: {trainer.tokenizer.convert_ids_to_tokens(trainer.eos_ids)}"
-    lines.append(("end of sequence is in the mask", text, eos_kept))
-    lines.append(
-        ("completions that end", f"{ended.double().mean():.0%} within MAX_COMPLETION_TOKENS", bool(ended.any()))
-    )
-
-    try:
-        rewards = trainer.compute_rewards(rollouts)
-        totals, report = rewards.view(len(rewards), -1).sum(1), trainer.rewards.report()
-        text = f"first {totals[0]:.3g}, mean {totals.mean():.3g}; "
-        text += ", ".join(f"{name} {value:.3g}" for name, value in report.items())
-        lines.append(("rewards", text, report["reward_failures"] == 0))
-    except InputError as error:  # where most of them fail
-        lines.append(("rewards", str(error).partition(", see ")[0], False))  # a file of a run, which this is not
-
-    lines += update_lines(trainer, constants, rollouts, old_logps.to(trainer.policy_device), tolerance)
+    lines += log_prob_lines(trainer, rollouts, old_logps, tolerance)
+    lines += end_lines(trainer, rollouts)
+    lines.append(reward_line(trainer, rollouts))
+    lines += update_lines(trainer, constants, rollouts, old_logps.to(device), tolerance)
     width = max(len(name) for name, _, _ in lines)
     for name, text, passed in lines:
         mark = "" if passed is None else "ok" if passed else "FAIL"
@@ -62,13 +56,54 @@ def selftest(trainer):
         sys.exit(1)
 
 
+def log_prob_lines(trainer, rollouts, old_logps, tolerance):
+    """The lines about log-probs, which should not depend on how they are computed."""
+    every, mask = torch.arange(len(rollouts.texts)), rollouts.completion_mask
+    with torch.no_grad():
+        alone = [trainer.compute_log_probs(trainer.policy, rollouts.select(row[None]))[0].cpu() for row in every]
+    sampled = (rollouts.sampled_logps - old_logps)[mask].abs()
+    batched = (torch.stack(alone) - old_logps)[mask].abs()
+    text = f"mean {sampled.mean():.1e}, most {sampled.max():.1e}"
+    return [
+        ("log-probs, sampler against trainer", text, sampled.mean() < tolerance),
+        ("log-probs, batched against alone", f"most {batched.max():.1e}", batched.max() < 10 * tolerance),
+    ]
+
+
+def end_lines(trainer, rollouts):
+    """The lines about where completions end."""
+    ended, mask = ~rollouts.truncated, rollouts.completion_mask
+    every = torch.arange(len(ended))
+    last = [int(ids[n - 1]) for ids, n in zip(rollouts.input_ids, rollouts.lengths, strict=True)]
+    eos_kept = all(last[i] in trainer.eos_ids and mask[i].sum() == rollouts.completion_lengths[i] for i in every[ended])
+    text = f"{int(ended.sum())} of {len(ended)} ended; ends: {trainer.tokenizer.convert_ids_to_tokens(trainer.eos_ids)}"
+    share = f"{ended.double().mean():.0%} within MAX_COMPLETION_TOKENS"
+    return [
+        ("end of sequence is in the mask", text, eos_kept),
+        ("completions that end", share, bool(ended.any())),
+    ]
+
+
+def reward_line(trainer, rollouts):
+    """The line about rewards."""
+    try:
+        rewards = trainer.compute_rewards(rollouts)
+        totals, report = rewards.view(len(rewards), -1).sum(1), trainer.rewards.report()
+        text = f"first {totals[0]:.3g}, mean {totals.mean():.3g}; "
+        text += ", ".join(f"{name} {value:.3g}" for name, value in report.items())
+        return "rewards", text, report["reward_failures"] == 0
+    except InputError as error:  # most of them fail
+        return "rewards", str(error).partition(", see ")[0], False  # a file of a run, which this is not
+
+
 def update_lines(trainer, constants, rollouts, old_logps, tolerance):
     """The lines about one optimizer step: the ratio before it, the gradient, and the weights that it moves."""
     for group in trainer.optimizer.param_groups:
         group["lr"] = constants.LEARNING_RATE
-    advantages = torch.ones(len(rollouts.texts), device=trainer.policy_device)
+    advantages = torch.ones(len(rollouts.texts), device=trainer.devices[0])
     advantages[::2] = -1.0  # whatever the rewards are, there is something to learn
-    before = [parameter.detach().clone() for parameter in trainer.trained]
+    trained = {name: parameter for name, parameter in trainer.policy.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     rollouts.old_logps, rollouts.advantages = old_logps, advantages
     rollouts.ref_logps = None if trainer.reference is None else old_logps
     stats = trainer.update(rollouts)
@@ -76,9 +111,9 @@ def update_lines(trainer, constants, rollouts, old_logps, tolerance):
     lines = [("ratio before the first update", f"{low:.6f} to {high:.6f}", abs(low - 1) < tolerance > abs(high - 1))]
     norm = stats["grad_norm"].item()
     lines.append(("norm of the gradient", f"{norm:.3g}", 0 < norm < float("inf")))
-    asked = moved = 0
-    names, still = [name for name, parameter in trainer.policy.named_parameters() if parameter.requires_grad], []
-    for name, parameter, old in zip(names, trainer.trained, before, strict=True):
+    asked, moved, still = 0, 0, []
+    for name, parameter in trained.items():
+        old = before[name]
         gradient = torch.zeros_like(old) if parameter.grad is None else parameter.grad
         counted = gradient.abs() > trainer.optimizer.defaults["eps"]  # a smaller one moves next to nothing, rightly
         changed = (parameter.detach() != old) & counted
@@ -86,5 +121,5 @@ def update_lines(trainer, constants, rollouts, old_logps, tolerance):
         if not changed.any() and ".lora_A." not in name:  # it has no gradient before LoRA's B, zero at first, has moved
             still.append(name)
     text = f"{moved / max(1, asked):.0%} of those with a gradient; "
-    text += f"{len(still)} of {len(names)} tensors did not move" + (f", such as {still[0]}" if still else "")
+    text += f"{len(still)} of {len(trained)} tensors did not move" + (f", such as {still[0]}" if still else "")
     return [*lines, ("weights that the step moved", text, moved > MOVED * asked and not still)]
