@@ -11,10 +11,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: gspo grpo dapo test check sync diff clean test-oldest test-newest constraints
+# The scripts are what has the banner of an algorithm.
+SCRIPTS := $(sort $(basename $(shell grep -l '^\# ---- Algorithm -' *.py)))
 
-gspo grpo dapo: .venv/run-ready
+.PHONY: $(SCRIPTS) scripts test check sync diff clean test-oldest test-newest constraints
+
+$(SCRIPTS): .venv/run-ready
 	$(BIN)/python $@.py
+
+scripts:
+	@echo $(SCRIPTS)
 
 test: check
 	$(BIN)/python -m pytest
@@ -56,9 +62,10 @@ constraints: .venv-newest/ready
 sync:
 	$(PYTHON) tests/siblings.py sync
 
-# make diff A=gspo B=grpo: what one algorithm changes of the other.
+# make diff A=gspo B=grpo: what one algorithm changes of the other; first why functions of its own are not shared.
 diff:
-	@git diff --no-index --patience $(A).py $(B).py || true
+	@$(PYTHON) tests/siblings.py reasons $(A) $(B)
+	@git diff --no-index --patience --unified=1 $(A).py $(B).py || true
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest

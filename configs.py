@@ -27,8 +27,8 @@ if sys.version_info < (3, 11):  # noqa: UP036, because transformers 5.23 and lat
 HERE = Path(__file__).resolve().parent
 DEVICES = ("POLICY_DEVICE", "REF_DEVICE", "REWARD_DEVICE")
 
-# Named sets of constants. A preset changes only what it lists, and "gspo.CLIP_LOW" only in gspo.py; flags given beside
-# it win over it.
+# Named sets of constants. A preset changes only what it lists here, and in the script's own `presets`, which win. Flags
+# that are given beside it win over both.
 _GSM8K = {
     "POLICY_MODEL": "Qwen/Qwen3-0.6B",
     "PROMPTS": "openai/gsm8k",
@@ -57,12 +57,6 @@ _GSM8K = {
     "EVAL_EVERY": 50,
     "EVAL_SAMPLES": 1,
     "SAVE_EVERY": 10,
-    "gspo.CLIP_LOW": 3e-4,
-    "gspo.CLIP_HIGH": 4e-4,
-    "gspo.KL_COEF": 0.0,
-    "gspo.ADAPTIVE_KL": False,
-    "grpo.LOSS_DIVISOR": 1024,
-    "dapo.OVERLONG_CACHE": 256,
 }
 PRESETS = {
     "smoke": {"MAX_STEPS": 2, "BATCH_SIZE": 4, "EVAL_SIZE": 16, "EVAL_SAMPLES": 2, "WARMUP_STEPS": 0},
@@ -93,9 +87,10 @@ def one_line_errors():
         sys.exit(2)
 
 
-def is_run():
-    """Whether the program that runs is one of the scripts, rather than something that imports one."""
-    return Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent == HERE
+def scripts():
+    """The paths of the scripts, gspo.py first: what has the banner of an algorithm."""
+    found = [path for path in HERE.glob("*.py") if "\n# ---- Algorithm -" in path.read_text(encoding="utf-8")]
+    return sorted(found, key=lambda path: (path.stem != "gspo", path.stem))
 
 
 def _open_streams():
@@ -196,7 +191,7 @@ def snapshot(namespace):
     path = Path(namespace["__file__"])
     text = path.read_text(encoding="utf-8")
     values = {name: namespace[name] for name in constants_in(text) if name in namespace}  # some may be new there
-    validate(values)
+    validate(values, namespace)
     return Constants(values | {"OUTPUT_DIR": expand_home("OUTPUT_DIR", values["OUTPUT_DIR"])}, path, text)
 
 
@@ -249,8 +244,10 @@ class _Parser(argparse.ArgumentParser):
         name = word.strip("-–—").lower().replace("_", "-")
         near = difflib.get_close_matches("--" + name, self._option_string_actions, n=1)
         remedy = f"did you mean {near[0]}?" if near else "see --help for all flags"
-        if name.replace("-", "_").upper() in RULES and near[:1] != ["--" + name]:
-            remedy = "it belongs to another script; see --help for the flags of this one"
+        constant = name.replace("-", "_").upper()
+        others = [path.name for path in scripts() if constant in constants_in(path.read_text(encoding="utf-8"))]
+        if others and near[:1] != ["--" + name]:
+            remedy = f"it belongs to {' and '.join(others)}; see --help for the flags of this script"
         return f"unknown flag {word}; {remedy}"
 
 
@@ -287,7 +284,7 @@ def _parser_of(namespace, constants):
     )
     groups = {}
     for name, (value, comment, group) in constants.items():
-        kind = _rule(name)[0] or type(value)
+        kind = _rule(name, namespace)[0] or type(value)
         if kind not in KINDS:  # a constant that someone added, such as a list, is no flag
             continue
         if group not in groups:
@@ -319,14 +316,13 @@ def apply_overrides(namespace, argv=None):
     if preset not in ("", *PRESETS):
         have = ", ".join(sorted(PRESETS))
         raise InputError(f'--preset {preset}: there is no such preset; choose one of {have}, or "" for none')
-    script = Path(namespace["__file__"]).resolve().stem  # a link may have another name
-    for name, value in PRESETS.get(preset, {}).items():
-        name = name.removeprefix(f"{script}.")
+    own = namespace.get("presets", {}).get(preset, {})
+    for name, value in (PRESETS.get(preset, {}) | own).items():
         if name not in given and name in constants and namespace[name] != value:
             print(f"preset {preset}: {name} = {value!r}  (was {namespace[name]!r})")
             namespace[name] = value
     namespace.update(given, __preset__=preset)
-    validate(constant_values(namespace))
+    validate(constant_values(namespace), namespace)
     for name in given:
         if name.endswith("_DEVICE"):
             check_device(name, given[name])
@@ -374,27 +370,15 @@ RULES = {
     "MICRO_BATCH_TOKENS": (int, _positive, "at least 1 token; a single longer sequence still goes through alone"),
     "CLIP_LOW": (float, lambda v: 0 <= v < 1, "an offset from 1, in [0, 1): 0.2 clips the ratio at 0.8"),
     "CLIP_HIGH": (float, _not_negative, "an offset from 1, not negative: 0.28 clips the ratio at 1.28"),
-    "RATIO_LEVEL": (str, ("sequence", "sequence_token", "token"), None),
     "ADVANTAGE_TYPE": (str, ("relative", "normalized"), None),
-    "LOSS_AGGREGATION": (str, ("sequence_mean", "token_mean", "constant"), None),
-    "LOSS_DIVISOR": (int, _positive, "at least 1 token; MAX_COMPLETION_TOKENS is usual"),
-    "DYNAMIC_SAMPLING": (bool, (True, False), None),
-    "MAX_RESAMPLES": (int, _not_negative, "0 or more rounds of refilling per step"),
-    "OVERLONG_CACHE": (int, _not_negative, "0 or more tokens before the limit; 0 is off"),
-    "OVERLONG_FILTER": (bool, (True, False), None),
-    "DUAL_CLIP": (float, lambda v: v == 0 or 1 < v < math.inf, "0 for off, or a bound above 1 such as 3"),
-    "KL_ESTIMATOR": (str, ("k1", "k2", "k3", "ratio_k3"), None),
     "POLICY_DTYPE": (str, ("float32", "bfloat16"), None),
     "FROZEN_DTYPE": (str, ("auto", "float32", "bfloat16"), None),
-    "USE_SEQUENCE_LEVEL_REWARD": (bool, (True, False), None),
     "STEP_SEPARATOR": (str, lambda v: True, ""),
-    "TRUST_REMOTE_CODE": (bool, (True, False), None),
     "PRESET": (str, lambda v: True, ""),
     "PROMPTS_CONFIG": (str, lambda v: True, ""),
     "EVAL_PROMPTS": (str, lambda v: True, ""),
     "SYSTEM_PROMPT": (str, lambda v: True, ""),
     "EVAL_SHARE": (float, lambda v: 0 < v < 1, "a share of the prompts, in (0, 1)"),
-    "THINKING": (bool, (True, False), None),
     "CHAT_TEMPLATE_KWARGS": (
         str,
         _is_json_object,
@@ -403,10 +387,8 @@ RULES = {
     "SAMPLED_AT_ONCE": (int, _not_negative, "0 for all together, or a number of completions"),
     "MAX_PROMPT_TOKENS": (int, _not_negative, "0 for no limit of its own, or at least 1 token"),
     "LOGITS_AT_ONCE": (int, _positive, "at least 1; 2**26 logits in float32 are a quarter of a GB"),
-    "GRADIENT_CHECKPOINTING": (bool, (True, False), None),
     "LORA_RANK": (int, lambda v: 0 <= v <= 2**14, "0 to train all weights, or a rank such as 16, at most 16384"),
     "LORA_ALPHA": (float, _positive, "positive; twice the rank is usual"),
-    "MERGE_LORA": (bool, (True, False), None),
     "LR_SCHEDULE": (str, ("constant", "linear", "cosine"), None),
     "LEARNING_RATE": (float, _positive, "positive: 1e-6 for a large model, 1e-3 for a tiny one"),
     "WARMUP_STEPS": (int, _not_negative, "0 or more steps"),
@@ -421,17 +403,13 @@ RULES = {
     "EVAL_SIZE": (int, _positive, "at least 1 held-out prompt"),
     "EVAL_SAMPLES": (int, _positive, "at least 1 completion per held-out prompt"),
     "PASS_AT": (int, _positive, "at least 1"),
-    "TENSORBOARD": (bool, (True, False), None),
-    "PROFILE": (bool, (True, False), None),
-    "SELFTEST": (bool, (True, False), None),
     "WANDB_PROJECT": (str, lambda v: True, ""),
     "SAVE_EVERY": (int, _not_negative, "0 or more steps; 0 saves only at the end"),
     "KEEP_CHECKPOINTS": (int, _positive, "at least 1, or there is nothing to resume from"),
     "RESUME": (str, lambda v: True, ""),
     "SAMPLE_GROUPS": (int, _not_negative, "0 or more groups per step"),
-    "ADAPTIVE_KL": (bool, (True, False), None),
-    "LENGTH_NORMALIZED_RATIO": (bool, (True, False), None),
     "SEED": (int, lambda v: 0 <= v < 2**63, "in [0, 2^63)"),
+    "PANELS": (str, lambda v: len(v.split()) == 8, "the names of eight metrics that plotting.py knows how to draw"),
 }
 
 _NAMES = (
@@ -442,14 +420,23 @@ RULES |= dict.fromkeys(_NAMES.split(), (str, bool, "a text that is not empty"))
 RULES |= dict.fromkeys(DEVICES, (str, bool, 'a device such as "cpu" or "cuda:0"'))
 
 
-def _rule(name):
-    return RULES.get(name) or (RULES["EPOCHS"] if name.endswith("_EPOCHS") else (None, None, None))
+def _rule(name, namespace):
+    if rule := namespace.get("limits", {}).get(name) or RULES.get(name):
+        return rule
+    constant = constants_in(Path(namespace["__file__"]).read_text(encoding="utf-8")).get(name)
+    if constant and constant.source in ("True", "False"):
+        return bool, (True, False), None
+    return RULES["EPOCHS"] if name.endswith("_EPOCHS") else (None, None, None)
 
 
-def validate(values):
-    """Raises InputError, naming constant, value, rule and remedy, for the first constant that breaks its rule."""
+def validate(values, namespace):
+    """Raises InputError, naming constant, value, rule and remedy, for the first constant that breaks its rule.
+
+    values: {name: value}. namespace: of the script, whose `limits` are rules of its own constants. Its `conflicts`,
+    {name: (value, other name, other value, remedy)}, are pairs that do not go together.
+    """
     for name, value in values.items():
-        kind, holds, text = _rule(name)
+        kind, holds, text = _rule(name, namespace)
         if kind is None:
             continue
         flag = "--" + name.lower().replace("_", "-")
@@ -462,18 +449,11 @@ def validate(values):
             raise InputError(f"{name} = {value!r} must be {text}; edit it or give {flag}")
         if kind in (int, float) and value > LARGEST and name != "SEED":
             raise InputError(f"{name} = {value!r} is too large, more than {LARGEST:g}; edit it or give {flag}")
-    if values.get("LOSS_AGGREGATION") == "constant" and "LOSS_DIVISOR" not in values:
-        raise InputError(
-            "LOSS_AGGREGATION = 'constant' is for grpo.py; this script has no LOSS_DIVISOR to divide by: "
-            "give --loss-aggregation token_mean or sequence_mean"
-        )
-    if not values["USE_SEQUENCE_LEVEL_REWARD"]:
-        if values.get("RATIO_LEVEL") == "sequence":
-            raise InputError(
-                "RATIO_LEVEL = 'sequence' has no place for rewards per token; --ratio-level sequence_token"
-            )
-        if not re.search(r"\breward_model\b", values["REWARDS"]):
-            raise InputError("USE_SEQUENCE_LEVEL_REWARD = False is for a reward model; add it: --rewards reward_model")
+    for name, (value, other, other_value, remedy) in namespace.get("conflicts", {}).items():
+        if values[name] == value and values[other] == other_value:
+            raise InputError(f"{name} = {value!r} does not go with {other} = {other_value!r}; give {remedy}")
+    if not values["USE_SEQUENCE_LEVEL_REWARD"] and not re.search(r"\breward_model\b", values["REWARDS"]):
+        raise InputError("USE_SEQUENCE_LEVEL_REWARD = False is for a reward model; add it: --rewards reward_model")
     if values["MINI_BATCHES"] > values["BATCH_SIZE"] * values["GROUP_SIZE"]:
         raise InputError("MINI_BATCHES is more than BATCH_SIZE x GROUP_SIZE completions; lower --mini-batches")
     check_size(values, "BATCH_SIZE", "GROUP_SIZE", "MAX_COMPLETION_TOKENS")

@@ -24,7 +24,6 @@ One training step:
 
 Run:   python grpo.py                     the embedded task, on any machine
        python grpo.py --help              every constant below is a flag
-       python plotting.py outputs/<run>   redraw the figure
 """
 
 import hashlib
@@ -38,7 +37,7 @@ import torch
 
 import configs
 from bookkeeping.evaluation import evaluation_metrics
-from bookkeeping.metrics import Clock, samples_of, step_metrics
+from bookkeeping.metrics import Clock, ratio_metrics, samples_of, step_metrics
 from bookkeeping.run import Run
 from bookkeeping.selftest import selftest
 from engine.memory import FitToMemory, set_up_process
@@ -46,11 +45,12 @@ from engine.packing import Packing, micro_batches
 from engine.precision import autocast
 from engine.rollouts import Rollouts, on_last_token
 from engine.sampling import Sampler
+from engine.schedule import learning_rate_at
 from engine.vocabulary import token_logps
 from engine.workers import LazyWorker, worker_beside
 from inputs.load import load_inputs
-from scoring.reward_models import load_reward_model
-from scoring.rules import Rewards, check_scoring, find_reward, parse_rewards
+from inputs.prompts import prompts_of_step
+from scoring.load import check_reward_names, load_rewards
 
 # ---- Constants -------------------------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ POLICY_DTYPE = "float32"  # of the weights that train; "bfloat16" halves them, a
 REWARD_MODEL = "data/models/arithmetic-reward"  # folder or Hub id of a sequence classifier with one logit
 REWARD_REVISION = "main"  # branch, tag or commit of a Hub id
 USE_SEQUENCE_LEVEL_REWARD = True  # one reward per completion; False: REWARD_MODEL is a token classifier, one per token
-STEP_SEPARATOR = ""  # of token rewards only those count that end a step, where this text stands; "" counts all
+STEP_SEPARATOR = ""  # with token rewards: count only tokens at which this text ends; "" counts all
 FROZEN_DTYPE = "auto"  # of reference and reward model; "auto" is bfloat16 on a GPU and float32 elsewhere
 TRUST_REMOTE_CODE = False  # run Python code that comes with a model
 PROMPTS = "data/arithmetic/train.jsonl"  # training prompts: a JSONL, JSON or Parquet file, or a Hub id of a dataset
@@ -69,7 +69,7 @@ PROMPTS_CONFIG = ""  # configuration of a Hub dataset, such as "main"
 PROMPTS_SPLIT = "train"  # split of a Hub dataset
 EVAL_PROMPTS = "data/arithmetic/test.jsonl"  # held-out prompts, of the same kinds; "" holds out some of PROMPTS
 EVAL_SPLIT = "test"  # split of a Hub dataset
-EVAL_SHARE = 0.05  # share of PROMPTS that is held out where EVAL_PROMPTS is ""
+EVAL_SHARE = 0.05  # share of PROMPTS that is held out if EVAL_PROMPTS is ""
 PROMPT_COLUMN = "prompt"  # field that holds the prompt, a text or a list of chat messages
 ANSWER_COLUMN = "answer"  # field that holds the answer, for rule rewards and evaluation
 SYSTEM_PROMPT = ""  # first message of each chat, if any
@@ -91,7 +91,7 @@ MAX_PROMPT_TOKENS = 0  # tokens; longer prompts are left out; 0 is what the mode
 MAX_COMPLETION_TOKENS = 64  # tokens; a completion without an end by then is truncated
 SAMPLED_AT_ONCE = 0  # completions; fewer need less memory for keys and values; 0 samples a step's all together
 TEMPERATURE = 1.0  # divides the logits, in sampling and in all log-probs alike
-TOP_P = 1.0  # nucleus sampling; below 1 the ratio is biased, for the log-probs are those of the full distribution
+TOP_P = 1.0  # nucleus sampling; below 1 the ratio is biased, because log-probs are of the full distribution
 
 # Loss
 GRPO_EPOCHS = 1  # passes over the rollouts of a step
@@ -140,6 +140,16 @@ PROFILE = False  # write a trace of three steps, profile.json.gz, for a browser'
 SELFTEST = False  # check models, data and rewards in a minute, print a table, and train nothing
 SEED = 0  # of everything random
 OUTPUT_DIR = "outputs"  # a run is OUTPUT_DIR/grpo-<time>/
+PANELS = "policy_loss entropy_loss kl_loss reward relative_advantage kl_divergence kl_coef avg_response_length"  # drawn
+
+# What configs.py cannot know: limits of this algorithm's own constants, in the form of RULES, and its rows of presets.
+limits = {
+    "DUAL_CLIP": (float, lambda v: v == 0 or 1 < v < math.inf, "0 for off, or a bound above 1 such as 3"),
+    "LOSS_AGGREGATION": (str, ("sequence_mean", "token_mean", "constant"), None),
+    "LOSS_DIVISOR": (int, lambda v: v > 0, "at least 1 token; MAX_COMPLETION_TOKENS is usual"),
+    "KL_ESTIMATOR": (str, ("k1", "k2", "k3", "ratio_k3"), None),
+}
+presets = {"gsm8k": {"LOSS_DIVISOR": 1024}}
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------
 # Pure functions of tensors, in whatever floating dtype they are given. B completions (= prompts x G, the groups
@@ -192,8 +202,7 @@ def compute_policy_loss(logps, old_logps, advantages, completion_mask):
     advantages (B,) or (B, T). The gradient flows through logps alone. With DUAL_CLIP = c > 0, tokens of negative
     advantage have max(min(r A, clip(r) A), c A), which bounds the loss where the ratio explodes (arXiv 1912.09729).
     """
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]  # (B, 1)
+    advantages = advantages.view(len(logps), -1)  # (B, 1 or T)
     ratio = compute_ratio(logps, old_logps, completion_mask)  # (B, T)
     losses = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
     if DUAL_CLIP > 0:
@@ -208,16 +217,10 @@ def compute_ratio(logps, old_logps, completion_mask):
 
 def ratio_stats(ratio, advantages, completion_mask):
     """What is logged of the ratio of all tokens. clip_fraction: the share whose gradient the clip removes."""
-    advantages, number = advantages.view(len(ratio), -1), completion_mask.sum()  # (B, 1 or T)
+    advantages = advantages.view(len(ratio), -1)  # (B, 1 or T)
     above = (advantages > 0) & (ratio > 1 + CLIP_HIGH)
     below = (advantages < 0) & (ratio < 1 - CLIP_LOW)
-    ratio = ratio.detach()
-    return {
-        "clip_fraction": ((above | below) & completion_mask).to(ratio.dtype).sum() / number,
-        "ratio_mean": ratio.masked_fill(~completion_mask, 0.0).sum() / number,
-        "ratio_min": ratio.masked_fill(~completion_mask, math.inf).min(),
-        "ratio_max": ratio.masked_fill(~completion_mask, -math.inf).max(),
-    }
+    return ratio_metrics(ratio, above | below, completion_mask)
 
 
 def token_weights(completion_mask):
@@ -237,11 +240,6 @@ def aggregate(values, completion_mask):
     """(B, T) -> scalar: the sum of values by their token_weights, over the divisor. Masked values cannot matter."""
     weights, divisor = token_weights(completion_mask)
     return (values.masked_fill(~completion_mask, 0.0) * weights.to(values.dtype)).sum() / divisor
-
-
-def completions_in_loss(truncated):
-    """Which completions the loss is over: all, truncated ones too. truncated (B,) -> (B,), True and False."""
-    return torch.ones_like(truncated)
 
 
 def compute_kl(logps, ref_logps):
@@ -286,18 +284,6 @@ def next_kl_coef(kl_coef, mean_kl):
 # ---- Data and log-probs ----------------------------------------------------------------------------------------------
 
 
-def prompts_of_step(rows, step):
-    """BATCH_SIZE rows for a step (from 1): each pass over the data in its own order, a function of SEED and pass."""
-    first = (step - 1) * BATCH_SIZE
-    chosen = []
-    for position in range(first, first + BATCH_SIZE):
-        epoch, index = divmod(position, len(rows))
-        if not chosen or index == 0:
-            order = torch.randperm(len(rows), generator=generator_of("data order", epoch))
-        chosen.append(rows[order[index]])
-    return chosen
-
-
 def generator_of(*purpose):
     """A random generator on the CPU that depends on SEED and purpose alone, so that nothing random needs saving."""
     digest = hashlib.sha256(repr((SEED, *purpose)).encode()).digest()
@@ -335,18 +321,12 @@ class GRPOTrainer:
         self.constants = configs.snapshot(globals())
         self.devices = configs.choose_devices(POLICY_DEVICE, REF_DEVICE, REWARD_DEVICE)
         self.policy_device, ref_device, reward_device = self.devices
-        weights = parse_rewards(REWARDS)
-        find_reward(EVAL_REWARD, "EVAL_REWARD")
+        check_reward_names(self.constants)
         inputs = load_inputs(self.constants, self.devices, generator_of("held out"))
+        self.rewards, self.eval_reward = load_rewards(self.constants, reward_device, inputs)
         self.train_rows, self.eval_rows = inputs.train_rows, inputs.eval_rows
         self.tokenizer, self.eos_ids = inputs.tokenizer, inputs.eos_ids
         self.policy, self.adapter, self.reference = inputs.policy, inputs.adapter, inputs.reference
-        self.reward_model = None
-        if "reward_model" in weights:
-            self.reward_model = load_reward_model(self.constants, reward_device, self.tokenizer)
-        scored = (weights, self.reward_model, self.train_rows, self.eval_rows)
-        self.eval_rows = check_scoring(self.constants, *scored)
-        self.rewards, self.eval_reward = Rewards(weights, self.reward_model), Rewards({EVAL_REWARD: 1.0})
 
         self.fit_to_memory = FitToMemory()
         at_once = SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE
@@ -361,7 +341,8 @@ class GRPOTrainer:
     def train_step(self, step):
         """One step (from 1), in the order of the docstring at the top. Returns its metrics."""
         clock = Clock(*self.devices)
-        self.set_learning_rate(self.learning_rate_at(step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.constants)
         with clock("rollout"):
             rollouts = self.generate_responses_with_group_sampling(step)
         self.add_scores(rollouts, clock)
@@ -380,7 +361,8 @@ class GRPOTrainer:
 
     def generate_responses_with_group_sampling(self, step) -> Rollouts:
         """GROUP_SIZE completions of each of the step's prompts from the policy as it is."""
-        return self.sample(prompts_of_step(self.train_rows, step), GROUP_SIZE, ("rollout", step))
+        rows = prompts_of_step(self.train_rows, step, BATCH_SIZE, generator_of)
+        return self.sample(rows, GROUP_SIZE, ("rollout", step))
 
     def sample(self, rows, group_size, purpose, greedy=False) -> Rollouts:
         """group_size completions of each row's prompt: Rollouts.
@@ -399,7 +381,7 @@ class GRPOTrainer:
         rewards = torch.tensor(self.rewards(rollouts.prompts, rollouts.texts, rollouts))
         if USE_SEQUENCE_LEVEL_REWARD:
             return rewards
-        token_rewards = self.rewards.weights["reward_model"] * self.reward_model.token_scores  # (B, T)
+        token_rewards = self.rewards.weights["reward_model"] * self.rewards.reward_model.token_scores  # (B, T)
         return token_rewards + on_last_token(rewards - token_rewards.sum(1), rollouts)
 
     def score(self, rollouts):
@@ -419,10 +401,10 @@ class GRPOTrainer:
         return self.fit_to_memory("log-probs", MICRO_BATCH_TOKENS, compute)
 
     def compute_old_logps(self, rollouts):
-        """log π_old, of the policy that sampled: (B, T). It is the policy as it stands, before the step's updates.
+        """log π_old, (B, T), of the policy that sampled: as it stands, before the step's updates.
 
-        In float32 these are the sampler's own. In bfloat16, where sampling and training differ by 1e-2, they are
-        computed again as the updates compute π, so that the ratio begins at 1.
+        In float32 these are the sampler's own. In bfloat16 sampling and training differ by 1e-2, so they are computed
+        again as the updates compute π, and the ratio begins at 1.
         """
         if self.policy_device.type == "cpu" and POLICY_DTYPE == "float32":
             return rollouts.sampled_logps
@@ -433,7 +415,7 @@ class GRPOTrainer:
         if self.reference is None:
             return None
         with self.reference as model:
-            return self.compute_log_probs(model, rollouts)
+            return self.compute_log_probs(model, rollouts).to(self.policy_device)
 
     def add_scores(self, rollouts, clock):
         """Adds rewards, old_logps and ref_logps. Models on devices of their own work while the policy does."""
@@ -445,8 +427,7 @@ class GRPOTrainer:
         with clock("reward"):
             rollouts.rewards = rewards.result().to(self.policy_device)
         with clock("logps"):
-            ref_logps = ref_logps.result()
-            rollouts.ref_logps = None if ref_logps is None else ref_logps.to(self.policy_device)
+            rollouts.ref_logps = ref_logps.result()
 
     # -- 3. Advantages
 
@@ -461,9 +442,9 @@ class GRPOTrainer:
 
     def update_policy(self, rollouts, step):
         """GRPO_EPOCHS passes over the completions, of MINI_BATCHES optimizer steps each. Returns their stats."""
-        updates, in_loss = [], completions_in_loss(rollouts.truncated).nonzero().squeeze(1)
+        updates = []
         for epoch in range(GRPO_EPOCHS):
-            order = in_loss[torch.randperm(len(in_loss), generator=generator_of("mini-batches", step, epoch))]
+            order = torch.randperm(len(rollouts.texts), generator=generator_of("mini-batches", step, epoch))
             updates += [self.update(rollouts.select(rows)) for rows in order.tensor_split(MINI_BATCHES) if len(rows)]
         return updates
 
@@ -474,9 +455,7 @@ class GRPOTrainer:
         advantage, whose ratio moves nothing, counts with a ratio of 1. A loss or gradient that is not finite moves
         nothing: the step is skipped, and counted by its grad_norm.
         """
-        logps, stats = self.fit_to_memory(
-            "updates", MICRO_BATCH_TOKENS, lambda budget: self.compute_gradient(batch, budget)
-        )
+        logps, stats = self.fit_to_memory("updates", MICRO_BATCH_TOKENS, lambda n: self.compute_gradient(batch, n))
         norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
         finite = torch.stack([norm, *stats.values()]).isfinite().all()
         stats["grad_norm"] = torch.where(finite, norm, math.nan)
@@ -487,7 +466,10 @@ class GRPOTrainer:
         ratio = compute_ratio(torch.where(with_advantage, logps, batch.old_logps), batch.old_logps, mask)
         stats |= ratio_stats(ratio, batch.advantages, mask)
         if batch.ref_logps is not None:
-            stats["kl_divergence"] = per_token(compute_kl(logps, batch.ref_logps), mask)
+            kl = compute_kl(logps, batch.ref_logps)
+            stats["kl_divergence"] = aggregate(kl, mask) / aggregate(
+                torch.ones_like(kl), mask
+            )  # mean, whatever the divisor
         return stats
 
     def compute_gradient(self, batch, budget):
@@ -496,7 +478,9 @@ class GRPOTrainer:
         Each micro-batch counts by its share of the batch's divisor, so that how it is split cannot change the gradient.
         Returns logps (B, T) without gradient, old_logps where rows need not go through the model; the losses.
         """
-        chosen, (_, divisor) = rows_that_move(batch), token_weights(batch.completion_mask)
+        _, divisor = token_weights(batch.completion_mask)
+        all_move = batch.ref_logps is not None or ENTROPY_COEF > 0  # else only completions with an advantage do
+        chosen = (batch.advantages.view(len(batch.texts), -1).any(1).cpu() | all_move).nonzero().squeeze(1)
         moving, logps, stats = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True), {}
         self.optimizer.zero_grad()
         if len(chosen) == 0:  # the gradient is zero rather than absent, so that AdamW's averages go on
@@ -530,16 +514,14 @@ class GRPOTrainer:
 
     def metrics_of_step(self, step, rollouts, updates):
         """What metrics.jsonl holds of a step's sampling, rewards and updates."""
-        metrics = {"learning_rate": self.learning_rate_at(step), "kl_coef": self.kl_coef}
-        metrics |= self.sampling_metrics(rollouts) | self.rewards.report()
+        metrics = {"learning_rate": learning_rate_at(step, self.constants), "kl_coef": self.kl_coef}
+        metrics |= {"memory_halvings": self.fit_to_memory.halvings.total()} | self.rewards.report()
         return metrics | step_metrics(rollouts, updates, GROUP_SIZE)
 
     def keep_samples(self, step, rollouts, metrics):
         """Keeps what samples.jsonl shows of a step, and after a skipped update all completions for skipped.jsonl."""
-        if SAMPLE_GROUPS > 0:
-            shown = rollouts.select(torch.arange(min(len(rollouts.texts), SAMPLE_GROUPS * GROUP_SIZE)))
-            new_logps = self.compute_log_probs(self.policy, shown)
-            self.samples = samples_of(step, self.tokenizer, shown, new_logps)
+        shown = rollouts.select(torch.arange(len(rollouts.texts))[: SAMPLE_GROUPS * GROUP_SIZE])
+        self.samples = samples_of(step, self.tokenizer, shown, self.compute_log_probs(self.policy, shown))
         if metrics["skipped_updates"]:
             self.skipped = samples_of(step, self.tokenizer, rollouts, rollouts.old_logps)
 
@@ -548,17 +530,6 @@ class GRPOTrainer:
         last = rollouts.select(torch.arange(len(rollouts.texts))[-GROUP_SIZE:])
         logps = self.compute_log_probs(self.policy, last).cpu()
         return (last.sampled_logps - logps)[last.completion_mask].abs().mean().item()
-
-    def sampling_metrics(self, rollouts):
-        """The metrics of a step's sampling."""
-        tokens = int(rollouts.completion_lengths.sum())
-        return {
-            "sampled_completions": len(rollouts.texts),
-            "completion_tokens": tokens,
-            "avg_response_length": tokens / len(rollouts.texts),
-            "truncated": rollouts.truncated.double().mean().item(),
-            "memory_halvings": self.fit_to_memory.halvings.total(),
-        }
 
     # -- Around the steps
 
@@ -575,27 +546,11 @@ class GRPOTrainer:
         return self.metrics_history
 
     def evaluate(self):
-        """Held-out accuracy: of EVAL_SAMPLES sampled completions per prompt, and of a greedy one.
-
-        The random numbers are the same each time, so that two evaluations differ by the policy alone.
-        """
+        """Held-out accuracy, sampled and greedy: eval_*. The random numbers are the same each time."""
         sampled = self.sample(self.eval_rows, EVAL_SAMPLES, ("evaluation",))
         greedy = self.sample(self.eval_rows, 1, ("evaluation",), greedy=True)
         self.eval_texts = greedy.texts
         return evaluation_metrics(sampled, greedy, self.eval_reward, PASS_AT)
-
-    def set_learning_rate(self, learning_rate):
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-
-    @staticmethod
-    def learning_rate_at(step):
-        """The learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE."""
-        if step <= WARMUP_STEPS:
-            return LEARNING_RATE * step / WARMUP_STEPS
-        progress = (step - WARMUP_STEPS - 1) / max(1, MAX_STEPS - WARMUP_STEPS)
-        factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-        return LEARNING_RATE * factor[LR_SCHEDULE]
 
     def state(self):
         """What a checkpoint holds beside the weights. Nothing random: that comes from generator_of alone."""
@@ -606,22 +561,6 @@ class GRPOTrainer:
         self.kl_coef = state["kl_coef"]
 
 
-def rows_that_move(batch):
-    """Which completions of a batch can move the policy: without KL and entropy terms only those with an advantage.
-
-    The others count in the loss's mean, but need not go through the model.
-    """
-    every = torch.arange(len(batch.texts))
-    if batch.ref_logps is not None or ENTROPY_COEF > 0:
-        return every
-    return every[batch.advantages.view(len(every), -1).any(1).cpu()]
-
-
-def per_token(values, completion_mask):
-    """The mean of (B, T) over tokens, weighed as the loss weighs them, whatever its denominator: what is logged."""
-    return aggregate(values, completion_mask) / aggregate(torch.ones_like(values), completion_mask)
-
-
 # ---- Run -------------------------------------------------------------------------------------------------------------
 
 
@@ -629,10 +568,7 @@ def main(argv=None):
     with configs.one_line_errors():
         configs.apply_overrides(globals(), argv)
         trainer = GRPOTrainer()
-        if SELFTEST:
-            selftest(trainer)
-        else:
-            trainer.train()
+        selftest(trainer) if SELFTEST else trainer.train()
 
 
 if __name__ == "__main__":

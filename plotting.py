@@ -20,135 +20,139 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
 )  # fmt: skip
 RUN_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
-# The eight panels of a figure, row by row: key in metrics.jsonl, title, unit on the y axis.
-PANELS = (
-    ("policy_loss", "Policy loss", "loss"),
-    ("entropy_loss", "Entropy loss", "loss"),
-    ("kl_loss", "KL loss", "loss"),
-    ("reward", "Reward", "reward"),
-    ("relative_advantage", "Relative advantage, mean size", "reward"),
-    ("kl_divergence", "KL divergence to the reference", "nats per token"),
-    ("kl_coef", "KL coefficient", "weight"),
-    ("avg_response_length", "Response length", "tokens"),
-)
-DAPO_PANELS = (
-    ("policy_loss", "Policy loss", "loss"),
-    ("accuracy", "Reward and accuracy", "reward, share right"),
-    ("entropy", "Entropy of the sampled tokens", "nats per token"),
-    ("clip_fraction", "Clip fraction", "share of tokens"),
-    ("resampled", "Prompts resampled", "share of the prompts sampled"),
-    ("dead_groups_drawn", "Dead groups before resampling", "share of the groups"),
-    ("avg_response_length", "Response length", "tokens"),
-    ("grad_norm", "Gradient norm, before clipping", "norm"),
-)
+PANELS = "policy_loss entropy_loss kl_loss reward relative_advantage kl_divergence kl_coef avg_response_length"
 
 
-def plot_gspo_metrics(
-    policy_losses,
-    entropy_losses,
-    kl_losses,
-    rewards,
-    relative_advantages,
-    kl_divergences,
-    kl_coefs,
-    avg_response_lengths,
-    *,
-    steps=None,
-    reward_stds=None,
-    target_kl=None,
-    evaluations=None,
-    title=None,
-    path=None,
-):
-    """Draws a run as 4x2 panels and returns the matplotlib Figure.
+def plot_metrics(rows, panels=PANELS, *, constants=None, evaluations=None, title=None, path=None):
+    """Draws a run as 4x2 panels, one per metric, and returns the matplotlib Figure.
 
-    The eight lists hold one number per training step; None where nothing was computed.
-    steps: their numbers, from 1 if not given. reward_stds: a band around the reward. target_kl: a line in the KL panel,
-    nats per token. evaluations: [(step, sampled, greedy)], held-out accuracies in the reward panel.
-    title: above all. path: where the picture is saved, if given.
+    rows: its training steps, as metrics.jsonl has them; None in place of a number that was not computed. panels: the
+    names of eight metrics. constants: of the run, {name: value}, for what is drawn beside a line. evaluations: [(step,
+    sampled, greedy)], held-out accuracies. title: above all. path: the picture is saved there, if it is given.
     """
-    series = (
-        policy_losses, entropy_losses, kl_losses, rewards,
-        relative_advantages, kl_divergences, kl_coefs, avg_response_lengths,
-    )  # fmt: skip
-    steps = list(range(1, len(policy_losses) + 1)) if steps is None else steps
-    figure, axes = _panels(title)
-    for (key, _, _), values, axis in zip(PANELS, series, axes, strict=True):
-        if all(value is None for value in values):
+    steps, panels = [row["step"] for row in rows], panels.split()
+    figure, axes = _panels(title, panels)
+    for name, axis in zip(panels, axes, strict=True):
+        values = _column(rows, name)
+        if all(value != value for value in values):
             axis.text(0.5, 0.5, "not computed", transform=axis.transAxes, ha="center", va="center", color="0.4")
             axis.set_xlim(0, max(steps, default=1))
             axis.set_yticks([])
             continue
-        values = [float("nan") if value is None else value for value in values]
-        _line(axis, steps, values, BLUE, "mean of the step" if key == "reward" else None)
-        if key == "reward" and reward_stds:
-            low, high = zip(*[(r - s, r + s) for r, s in zip(values, reward_stds, strict=True)], strict=True)
-            axis.fill_between(steps, low, high, color=BLUE, alpha=0.15, linewidth=0, label="± one standard deviation")
-        if key == "reward":
-            _evaluations(axis, evaluations)
-        if key == "kl_divergence" and target_kl is not None:
-            axis.axhline(target_kl, color=BLACK, linestyle=":", label=f"target {target_kl:g}")
-        _log_if_spiky(axis, key, values)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, framealpha=0.9)
+        _line(axis, steps, values, BLUE, LABELS.get(name))
+        lines = axis.lines
+        if name in BESIDE:
+            lines = [*lines, *(BESIDE[name](axis, rows, constants or {}, evaluations) or ())]
+        _log_if_spiky(axis, name, values)
+        handles, labels = axis.get_legend_handles_labels()
+        handles += [line for line in lines if line.axes is not axis]
+        if handles:
+            axis.legend(handles=handles, fontsize=8, framealpha=0.9)
     return _save(figure, path)
 
 
-def plot_dapo_metrics(rows, *, group_size, evaluations=None, title=None, path=None):
-    """Draws a run of dapo.py as 4x2 panels and returns the matplotlib Figure.
+# ---- How a metric is drawn: any that is logged, by its name, unless something is said of it here
 
-    rows: its training steps as metrics.jsonl has them. group_size: G of the dead groups' expectation p^G + (1 − p)^G,
-    where p is the share of the step's completions that are right. evaluations, title, path: as in plot_gspo_metrics.
-    """
+TITLES = {  # and the unit of the y axis
+    "policy_loss": ("Policy loss", "loss"),
+    "entropy_loss": ("Entropy loss", "loss"),
+    "kl_loss": ("KL loss", "loss"),
+    "reward": ("Reward", "reward"),
+    "accuracy": ("Reward and accuracy", "reward, share right"),
+    "relative_advantage": ("Relative advantage, mean size", "reward"),
+    "kl_divergence": ("KL divergence to the reference", "nats per token"),
+    "kl_coef": ("KL coefficient", "weight"),
+    "entropy": ("Entropy of the sampled tokens", "nats per token"),
+    "clip_fraction": ("Clip fraction", "share"),
+    "resampled": ("Prompts resampled", "share of the prompts sampled"),
+    "dead_groups": ("Dead groups", "share of the groups"),
+    "dead_groups_drawn": ("Dead groups before resampling", "share of the groups"),
+    "avg_response_length": ("Response length", "tokens"),
+    "grad_norm": ("Gradient norm, before clipping", "norm"),
+}
+LABELS = {
+    "reward": "mean of the step",
+    "accuracy": "right, of all completions sampled",
+    "dead_groups_drawn": "measured",
+    "avg_response_length": "response length",
+}
+
+
+def _beside_reward(axis, rows, _, evaluations):
+    rewards, spread = _column(rows, "reward"), _column(rows, "reward_std")
+    low, high = ([r + sign * s for r, s in zip(rewards, spread, strict=True)] for sign in (-1, 1))
     steps = [row["step"] for row in rows]
-    keys = set().union(*rows)
-    columns = {key: [float("nan") if row.get(key) is None else row[key] for row in rows] for key in keys}
-    figure, axes = _panels(title, DAPO_PANELS)
-    axes = {key: axis for (key, _, _), axis in zip(DAPO_PANELS, axes, strict=True)}
-    for key, colour, label in (
-        ("policy_loss", BLUE, None),
-        ("entropy", BLUE, None),
-        ("resampled", BLUE, None),
-        ("grad_norm", BLUE, None),
-        ("accuracy", SKY, "right, of all completions sampled"),
-        ("dead_groups_drawn", BLUE, "measured"),
-        ("avg_response_length", BLUE, "response length"),
-    ):
-        _line(axes[key], steps, columns[key], colour, label)
-    _line(axes["accuracy"], steps, columns["reward"], BLUE, "reward of the batch")
-    _evaluations(axes["accuracy"], evaluations)
-    for key, colour in (("clip_fraction_low", BLUE), ("clip_fraction_high", ORANGE)):
-        _line(axes["clip_fraction"], steps, columns.get(key, [float("nan")] * len(rows)), colour, key[14:])
-    expected = [p**group_size + (1 - p) ** group_size for p in columns["accuracy"]]
-    _line(axes["dead_groups_drawn"], steps, expected, BLACK, "expected if all prompts were alike: $p^G+(1-p)^G$", ":")
-    for key in ("resampled", "dead_groups_drawn"):
-        axes[key].set_ylim(-0.05, 1.05)
-    beside = axes["avg_response_length"].twinx()
-    _line(beside, steps, columns["truncated"], VERMILION, "truncated")
+    axis.fill_between(steps, low, high, color=BLUE, alpha=0.15, linewidth=0, label="± one standard deviation")
+    _evaluations(axis, evaluations)
+
+
+def _beside_accuracy(axis, rows, _, evaluations):
+    _line(axis, [row["step"] for row in rows], _column(rows, "reward"), SKY, "reward of the batch")
+    _evaluations(axis, evaluations)
+
+
+def _beside_kl(axis, _, constants, __):
+    if constants.get("ADAPTIVE_KL"):
+        target = constants["TARGET_KL"]
+        axis.axhline(target, color=BLACK, linestyle=":", label=f"target {target:g}")
+
+
+def _beside_clip(axis, rows, _, __):
+    for side, colour in (("low", SKY), ("high", ORANGE)):
+        if f"clip_fraction_{side}" in rows[0]:
+            _line(axis, [row["step"] for row in rows], _column(rows, f"clip_fraction_{side}"), colour, side)
+
+
+def _beside_dead_groups(axis, rows, constants, _):
+    size = constants.get("GROUP_SIZE", 8)
+    expected = [p**size + (1 - p) ** size for p in _column(rows, "accuracy")]
+    label = "expected if all prompts were alike: $p^G+(1-p)^G$"
+    _line(axis, [row["step"] for row in rows], expected, BLACK, label, ":")
+    axis.set_ylim(-0.05, 1.05)
+
+
+def _as_share(axis, *_):
+    axis.set_ylim(-0.05, 1.05)
+
+
+def _beside_length(axis, rows, _, __):
+    """The share of truncated completions, on an axis of its own at the right."""
+    beside = axis.twinx()
+    _line(beside, [row["step"] for row in rows], _column(rows, "truncated"), VERMILION, "truncated")
     beside.set_ylim(-0.05, 1.05)
     beside.set_ylabel("share truncated")
     beside.spines["top"].set_visible(False)
-    for axis in axes.values():
-        lines = [*axis.lines, *beside.lines] if axis is axes["avg_response_length"] else axis.lines
-        if named := [line for line in lines if not line.get_label().startswith("_")]:
-            axis.legend(handles=named, fontsize=8, framealpha=0.9)
-    return _save(figure, path)
+    return beside.lines
+
+
+BESIDE = {
+    "reward": _beside_reward,
+    "accuracy": _beside_accuracy,
+    "kl_divergence": _beside_kl,
+    "clip_fraction": _beside_clip,
+    "resampled": _as_share,
+    "dead_groups_drawn": _beside_dead_groups,
+    "avg_response_length": _beside_length,
+}
+
+
+# ---- Runs
 
 
 def compare_runs(folders, path=None):
-    """Overlays the eight panels of several runs, with a legend; the reward panel adds held-out accuracy as dots."""
-    figure, axes = _panels("Comparison")
+    """Overlays several runs in the panels of the first, with a legend; the reward's adds held-out accuracy as dots."""
+    panels = constants_of(folders[0]).get("PANELS", PANELS).split()
+    figure, axes = _panels("Comparison", panels)
     for number, folder in enumerate(folders):
         steps, evaluations = load_metrics(folder)
         colour, style = RUN_COLOURS[number % len(RUN_COLOURS)], ("-", "--", ":")[number // len(RUN_COLOURS) % 3]
-        for (key, _, _), axis in zip(PANELS, axes, strict=True):
-            values = [float("nan") if row[key] is None else row[key] for row in steps]
-            _line(axis, [row["step"] for row in steps], values, colour, Path(folder).name, style)
-            if key == "reward":
+        for name, axis in zip(panels, axes, strict=True):
+            _line(axis, [row["step"] for row in steps], _column(steps, name), colour, Path(folder).name, style)
+            if name in ("reward", "accuracy"):
                 axis.plot([e[0] for e in evaluations], [e[1] for e in evaluations], "o", color=colour)
-    for (key, _, _), axis in zip(PANELS, axes, strict=True):
-        _log_if_spiky(axis, key, [value for line in axis.lines if any(line.get_ydata()) for value in line.get_ydata()])
-    axes[3].set_title("Reward (line) and held-out accuracy, sampled (dots)")
+                axis.set_title(f"{TITLES[name][0]} (line) and held-out accuracy, sampled (dots)")
+    for name, axis in zip(panels, axes, strict=True):
+        _log_if_spiky(axis, name, [value for line in axis.lines if any(line.get_ydata()) for value in line.get_ydata()])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(folders)))
     return _save(figure, path)
 
@@ -156,29 +160,16 @@ def compare_runs(folders, path=None):
 def draw_run(folder):
     """Redraws a run's metrics.png from its metrics.jsonl; returns the picture's path."""
     steps, evaluations = load_metrics(folder)
-    folder, constants = Path(folder), {}
-    if (folder / "config.json").is_file():
-        constants = json.loads((folder / "config.json").read_text(encoding="utf-8"))["constants"]
-    if all(key in steps[0] for key, _, _ in DAPO_PANELS):
-        plot_dapo_metrics(
-            steps,
-            group_size=constants.get("GROUP_SIZE", 8),
-            evaluations=evaluations,
-            title=folder.resolve().name,
-            path=folder / "metrics.png",
-        )
-        return folder / "metrics.png"
-    columns = [[row[key] for row in steps] for key, _, _ in PANELS]
-    plot_gspo_metrics(
-        *columns,
-        steps=[row["step"] for row in steps],
-        reward_stds=[row["reward_std"] for row in steps],
-        target_kl=constants.get("TARGET_KL") if constants.get("ADAPTIVE_KL") else None,
-        evaluations=evaluations,
-        title=folder.resolve().name,
-        path=folder / "metrics.png",
-    )
+    constants, folder = constants_of(folder), Path(folder)
+    of_run = {"constants": constants, "evaluations": evaluations, "title": folder.resolve().name}
+    plot_metrics(steps, constants.get("PANELS", PANELS), **of_run, path=folder / "metrics.png")
     return folder / "metrics.png"
+
+
+def constants_of(folder):
+    """A run's constants, from its config.json; {} if there is none."""
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text(encoding="utf-8"))["constants"] if path.is_file() else {}
 
 
 def load_metrics(folder):
@@ -203,11 +194,12 @@ def load_metrics(folder):
     return steps, evaluations
 
 
-def _panels(title, panels=PANELS):
+def _panels(title, panels):
     figure = Figure(figsize=(12, 14), layout="constrained")
     axes = figure.subplots(4, 2).flatten()
-    for (_, name, unit), axis in zip(panels, axes, strict=True):
-        axis.set_title(name)
+    for name, axis in zip(panels, axes, strict=True):
+        heading, unit = TITLES.get(name, (name, ""))
+        axis.set_title(heading)
         axis.set_xlabel("training step")
         axis.set_ylabel(unit)
         axis.grid(alpha=0.25)
@@ -215,6 +207,11 @@ def _panels(title, panels=PANELS):
     if title:
         figure.suptitle(title)
     return figure, axes
+
+
+def _column(rows, name):
+    """A metric of all steps; NaN, which is not drawn, if it was not computed."""
+    return [float("nan") if row.get(name) is None else row[name] for row in rows]
 
 
 def _line(axis, steps, values, colour, label, style="-"):

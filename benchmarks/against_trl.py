@@ -41,6 +41,8 @@ import torch
 import transformers
 from workloads import ROOT, WORKLOADS, flops, grpo, peak_flops, peak_memory, prepare, set_constants, synchronize
 
+from scoring import rules
+
 NAMES = {"ours": "grpo.py", "trl": "TRL's GRPOTrainer"}
 PHASES = ("rollout", "scoring", "update")
 ONE_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}  # for either
@@ -109,16 +111,14 @@ def run_ours(workload, steps):
     return trainer.policy, rows, (before, peak_memory()), accuracy(trainer, workload)
 
 
-def run_trl(workload, steps, prompts, folder, micro_batch, continuous_batching):
-    import datasets
+def timed_trainer(rows, steps, places):
+    """TRL's trainer, which notes in rows what each step took. places(): the tokens that went through the model."""
     import trl
-
-    rule, rows, gpu = getattr(sys.modules["rewards"], grpo.REWARDS), [], torch.cuda.is_available()
 
     class Timed(trl.GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
             synchronize()
-            rows.append({"end": time.perf_counter(), "peak": peak_now(), "places": padding.places})
+            rows.append({"end": time.perf_counter(), "peak": peak_now(), "places": places()})
             rows[-1]["start"] = time.perf_counter()
             outputs = super()._generate_and_score_completions(inputs)
             synchronize()
@@ -136,24 +136,25 @@ def run_trl(workload, steps, prompts, folder, micro_batch, continuous_batching):
         def create_scheduler(self, num_training_steps, optimizer=None):  # grpo.py's rate, constant within a step
             def factor(update):
                 step = min(update // grpo.MINI_BATCHES + 1, steps)
-                return grpo.GRPOTrainer.learning_rate_at(step) / grpo.LEARNING_RATE
+                return grpo.learning_rate_at(step, grpo) / grpo.LEARNING_RATE
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             return self.lr_scheduler
 
-    def reward(prompts, completions, answer, **_):
-        rewards = [rule(p, c, {"answer": a}) for p, c, a in zip(prompts, completions, answer, strict=True)]
-        rows[-1]["reward"] = statistics.mean(rewards)
-        return rewards
+    return Timed
 
-    mini_batch = grpo.BATCH_SIZE * grpo.GROUP_SIZE // grpo.MINI_BATCHES
-    micro_batch = micro_batch or mini_batch
-    accumulated = mini_batch // micro_batch
-    arguments = trl.GRPOConfig(
+
+def trl_arguments(steps, folder, micro_batch, continuous_batching):
+    """What makes TRL do the work of grpo.py's constants."""
+    import trl
+
+    gpu, mini_batch = torch.cuda.is_available(), grpo.BATCH_SIZE * grpo.GROUP_SIZE // grpo.MINI_BATCHES
+    accumulated = mini_batch // (micro_batch or mini_batch)
+    return trl.GRPOConfig(
         output_dir=str(Path(folder) / "trl"),
         seed=grpo.SEED,
         max_steps=steps * grpo.MINI_BATCHES,
-        per_device_train_batch_size=micro_batch,
+        per_device_train_batch_size=micro_batch or mini_batch,
         steps_per_generation=grpo.MINI_BATCHES * accumulated,
         gradient_accumulation_steps=accumulated,
         num_iterations=1,
@@ -178,19 +179,28 @@ def run_trl(workload, steps, prompts, folder, micro_batch, continuous_batching):
         bf16=gpu,
         use_cpu=not gpu,
         gradient_checkpointing=grpo.GRADIENT_CHECKPOINTING,
-        dataloader_num_workers=0,
         dataloader_pin_memory=gpu,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
+        **dict.fromkeys(("save_strategy", "logging_strategy"), "no"),
+        **{"dataloader_num_workers": 0, "report_to": [], "disable_tqdm": True},
     )
+
+
+def run_trl(workload, steps, prompts, folder, micro_batch, continuous_batching):
+    import datasets
+
+    rule, rows, padding = rules.find_reward(grpo.REWARDS, "REWARDS"), [], None
+
+    def reward(prompts, completions, answer, **_):
+        rewards = [rule(p, c, {"answer": a}) for p, c, a in zip(prompts, completions, answer, strict=True)]
+        rows[-1]["reward"] = statistics.mean(rewards)
+        return rewards
+
     name = grpo.POLICY_MODEL if Path(grpo.POLICY_MODEL).is_absolute() else str(ROOT / grpo.POLICY_MODEL)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    trainer = Timed(
+    trainer = timed_trainer(rows, steps, lambda: padding.places)(
         model=name,
         reward_funcs=reward,
-        args=arguments,
+        args=trl_arguments(steps, folder, micro_batch, continuous_batching),
         train_dataset=datasets.Dataset.from_list(prompts),
         processing_class=tokenizer,
     )
@@ -316,7 +326,11 @@ def main():
         for seed in range(arguments.rounds):
             set_constants(workload, folder, steps, seed, shlex.split(arguments.flags))
             train_rows = grpo.GRPOTrainer().train_rows
-            rows = [row for step in range(1, steps + 1) for row in grpo.prompts_of_step(train_rows, step)]
+            rows = [
+                row
+                for step in range(1, steps + 1)
+                for row in grpo.prompts_of_step(train_rows, step, grpo.BATCH_SIZE, grpo.generator_of)
+            ]
             prompts = [
                 {"prompt": r["prompt_text"], "answer": r["answer"], "tokens": len(r["prompt_ids"])} for r in rows
             ]

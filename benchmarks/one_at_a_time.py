@@ -22,7 +22,7 @@ from engine.sampling import assemble
 class OneAtATime(gspo.GSPOTrainer):
     def generate_responses_with_group_sampling(self, step):
         torch.manual_seed(step)
-        rows, completions = gspo.prompts_of_step(self.train_rows, step), []
+        rows, completions = gspo.prompts_of_step(self.train_rows, step, gspo.BATCH_SIZE, gspo.generator_of), []
         for row in rows:
             for _ in range(gspo.GROUP_SIZE):
                 ids = torch.tensor([row["prompt_ids"]], device=self.policy_device)

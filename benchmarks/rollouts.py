@@ -86,7 +86,7 @@ def measure(workload, rounds):
         set_constants(workload, folder, rounds + 1)
         trainer = grpo.GRPOTrainer()
         for step in range(rounds + 1):
-            rows = grpo.prompts_of_step(trainer.train_rows, step + 1)
+            rows = grpo.prompts_of_step(trainer.train_rows, step + 1, grpo.BATCH_SIZE, grpo.generator_of)
             for name, way in list(WAYS.items())[:: 1 if step % 2 else -1]:
                 synchronize()
                 start = time.perf_counter()

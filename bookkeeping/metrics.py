@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 
@@ -23,6 +23,7 @@ def step_metrics(rollouts, updates, group_size):
         values = torch.stack([update[name] for update in updates]).double()
         reduce = values.min if name.endswith("_min") else values.max if name.endswith("_max") else values.mean
         merged[name] = reduce().item()
+    lengths = rollouts.completion_lengths.double()
     sequences = advantages.abs() if advantages.dim() == 1 else per_token.abs().sum(1) / mask.sum(1)
     return merged | {
         "updates": len(updates),
@@ -32,6 +33,24 @@ def step_metrics(rollouts, updates, group_size):
         "relative_advantage": sequences.mean().item(),
         "dead_groups": (per_token == 0).all(1).view(-1, group_size).all(1).double().mean().item(),
         "entropy": -old_logps[mask].mean().item(),
+        "sampled_completions": len(lengths),
+        "completion_tokens": int(lengths.sum()),
+        "avg_response_length": lengths.mean().item(),
+        "truncated": rollouts.truncated.double().mean().item(),
+    }
+
+
+def ratio_metrics(ratio, clipped, counted):
+    """What is logged of the importance ratio, one per sequence or per token, of those that are counted. No gradient.
+
+    clipped: where the clip removes the gradient. All three of one shape.
+    """
+    ratio, number = ratio.detach(), counted.sum()
+    return {
+        "clip_fraction": (clipped & counted).to(ratio.dtype).sum() / number,
+        "ratio_mean": ratio.masked_fill(~counted, 0.0).sum() / number,
+        "ratio_min": ratio.masked_fill(~counted, inf).min(),
+        "ratio_max": ratio.masked_fill(~counted, -inf).max(),
     }
 
 

@@ -10,6 +10,7 @@ import torch
 from bookkeeping import checkpoints
 from bookkeeping.folder import sha256_of_rewards
 from configs import DEVICES, KINDS, InputError, as_saved, constant_values, constants_in, expand_home, validate
+from engine.schedule import learning_rate_at
 
 # What a resumed run may have otherwise: how long, how often, where, and how much at once.
 MAY_CHANGE = DEVICES + (
@@ -56,7 +57,7 @@ def set_constants(namespace, given):
             namespace[name] = value
     namespace.update(asked, RESUME=str(folder))
     namespace["__preset__"] = namespace["PRESET"]  # whose constants are among those of the run
-    validate(constant_values(namespace))
+    validate(constant_values(namespace), namespace)
 
 
 def run_to_resume(constants):
@@ -185,14 +186,14 @@ def checkpoint_to_resume(folder):
     return path
 
 
-def say_what_the_rate_will_do(constants, steps_before, done, history, learning_rate_at):
+def say_what_the_rate_will_do(constants, steps_before, done, history):
     """Prints how the learning rate goes on if MAX_STEPS has changed, over which a schedule falls to zero.
 
     done, history: of the resumed run.
     """
     steps, schedule = constants.MAX_STEPS, constants.LR_SCHEDULE
     if schedule != "constant" and steps_before not in (None, steps) and 0 < done < steps and history[1:]:
-        last, then = history[-1]["learning_rate"], learning_rate_at(done + 1)
+        last, then = history[-1]["learning_rate"], learning_rate_at(done + 1, constants)
         print(
             f"MAX_STEPS is {steps} now and was {steps_before}, and LR_SCHEDULE = {schedule!r} falls over them: "
             f"the learning rate goes from {last:.2g} in step {done} to {then:.2g} in step {done + 1}"

@@ -52,9 +52,6 @@ class Trainer(Protocol):
     def load_state(self, state: dict) -> None:
         """Goes on from such a state."""
 
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, for what is said when MAX_STEPS has changed."""
-
 
 class Run:
     """One run of a trainer, new or resumed; a context around its steps. Raises InputError if it cannot be written.
@@ -124,8 +121,8 @@ class Run:
                 self.files.write("config.json", before | {"constants": constants})
                 without = "" if checkpoint else ", for it has no checkpoint"
                 print(f"Resumed {self.folder} after step {self.done}{without}")
-                steps_before, rate_at = before["constants"].get("MAX_STEPS"), self.trainer.learning_rate_at
-                resuming.say_what_the_rate_will_do(self.constants, steps_before, self.done, self.history, rate_at)
+                steps_before = before["constants"].get("MAX_STEPS")
+                resuming.say_what_the_rate_will_do(self.constants, steps_before, self.done, self.history)
         except OSError as error:
             self.files.remove_if_new()
             raise InputError(f"{self.folder}: cannot write there ({error}); free some space, or look why") from None

@@ -16,12 +16,7 @@ def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=
     Raises InputError if none is left.
     """
     kept, empty, own_system = [], 0, 0
-    options = {"enable_thinking": thinking, **(variables or {})}
-    ours = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} & {*options}
-    if ours:
-        raise InputError(
-            f"CHAT_TEMPLATE_KWARGS sets {', '.join(sorted(ours))}, which is not a template's to say; leave it out"
-        )
+    options = {"enable_thinking": thinking, **_checked(variables or {}, tokenizer)}
     for row in rows:
         has_system = any(message["role"] in ("system", "developer") for message in row["messages"])
         own_system += has_system
@@ -54,6 +49,14 @@ def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=
         left_out = f"left out {len(rows) - len(kept)} of {len(rows)} prompts"
         print(f"{source}: {left_out}, longer than {longest} tokens or empty")
     return kept
+
+
+def _checked(variables, tokenizer):
+    if taken := {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} & {*variables}:
+        raise InputError(
+            f"CHAT_TEMPLATE_KWARGS sets {', '.join(sorted(taken))}, which is not a template's to say; leave it out"
+        )
+    return variables
 
 
 def _render(tokenizer, system, row, options, source):

@@ -45,9 +45,7 @@ def load_prompts(source, name, prompt_column, answer_column, config="", split="t
         if messages[-1]["role"] == "assistant":
             *messages, last = messages
             begun = last["content"]
-            if marked_answers(begun) or re.search(
-                rf"(?<!\w){re.escape(answer.strip())}(?!\w)(.*[.!?])?\s*$", begun, re.S
-            ):
+            if _is_whole(begun, answer):
                 begun, whole = "", whole + 1
         text = "\n".join(message["content"] for message in messages)
         if not text.strip():
@@ -62,6 +60,12 @@ def load_prompts(source, name, prompt_column, answer_column, config="", split="t
     if whole:
         print(f"{source}: {whole} of {len(rows)} prompts end with an assistant's whole answer, which was left out")
     return rows
+
+
+def _is_whole(begun, answer):
+    """Whether a text marks an answer, ends with the row's, or is a sentence that holds it."""
+    holds_it = rf"(?<!\w){re.escape(answer.strip())}(?!\w)(.*[.!?])?\s*$"
+    return bool(marked_answers(begun) or re.search(holds_it, begun, re.DOTALL))
 
 
 def _field(row, column, constant, place):
@@ -181,3 +185,18 @@ def hold_out(rows, share, source, generator):
 
 def prompt_of(row):
     return row["prompt"], row["begun"]
+
+
+def prompts_of_step(rows, step, batch_size, generator_of):
+    """batch_size rows for a step (from 1). Each pass over the data has an order of its own, a function of the pass.
+
+    generator_of: the script's, for the order of a pass.
+    """
+    first = (step - 1) * batch_size
+    chosen = []
+    for position in range(first, first + batch_size):
+        epoch, index = divmod(position, len(rows))
+        if not chosen or index == 0:
+            order = torch.randperm(len(rows), generator=generator_of("data order", epoch))
+        chosen.append(rows[order[index]])
+    return chosen

@@ -1,3 +1,4 @@
+import importlib
 import multiprocessing
 import os
 import signal
@@ -13,9 +14,6 @@ import pytest
 import torch
 
 import configs
-import dapo
-import grpo
-import gspo
 import plotting
 from scoring import rule_processes, rules
 
@@ -23,7 +21,7 @@ for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGH
     if signal.getsignal(number) == signal.SIG_IGN:  # under nohup or behind a shell's &; runs would ignore it, too
         signal.signal(number, action)
 
-SCRIPTS = (gspo, grpo, dapo)
+SCRIPTS = tuple(importlib.import_module(path.stem) for path in configs.scripts())
 torch.set_num_threads(1)
 
 FEW = tempfile.TemporaryDirectory()  # of the shipped prompts, for all of them take longer to read than to sample from
@@ -51,7 +49,7 @@ def drawn_only_where_marked(request, monkeypatch):
 @pytest.fixture
 def small(tmp_path):
     """gspo with the sizes of a run of a few seconds. Runs go to tmp_path/outputs."""
-    return shrink(gspo, tmp_path)
+    return shrink(SCRIPTS[0], tmp_path)
 
 
 @pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)

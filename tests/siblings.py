@@ -9,19 +9,23 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SIBLINGS = ("grpo", "dapo")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import configs
+
+ROOT = configs.HERE
+SIBLINGS = tuple(path.stem for path in configs.scripts()[1:])
 OWN = ("docstring", "Constants", "Algorithm")
 
 # {script: {function, class or method: why it is not gspo.py's}}. The name of a class stands for its opening lines, up
 # to its first method. A function that gspo.py does not have stays behind the one that it follows.
 EXEMPTIONS = {
-    "grpo": {},
     "dapo": {
         "DAPOTrainer": "dynamic sampling has a state: surplus groups, and how many rounds there were",
         "DAPOTrainer.generate_responses_with_group_sampling": "dynamic sampling: drops dead groups and refills",
         "DAPOTrainer.compute_old_logps": "of a surplus group, π_old is the policy of the step that sampled it",
         "DAPOTrainer.score": "task rewards are known from sampling; the overlong penalty comes on top",
+        "DAPOTrainer.update_policy": "completions that the limit cut are left out of the loss (OVERLONG_FILTER)",
+        "DAPOTrainer.metrics_of_step": "adds what dynamic sampling drew, dropped and kept",
         "DAPOTrainer.sampling_metrics": "what dynamic sampling drew, dropped and kept",
         "DAPOTrainer.state": "the place in the data counts rounds, and surplus groups wait for the next step",
         "DAPOTrainer.load_state": "puts back the rounds and the surplus groups, too",
@@ -80,7 +84,7 @@ def synced(name, text):
         if title in OWN or title == "imports":
             result.append(own[title] if title in OWN else section)
             continue
-        here, shared, exempt = blocks(own[title]), blocks(section), EXEMPTIONS[name]
+        here, shared, exempt = blocks(own[title]), blocks(section), EXEMPTIONS.get(name, {})
         merged = {block: here[block] if block in exempt else lines for block, lines in shared.items()}
         before = ""
         for block in here:  # functions that gspo.py does not have, and the ends of those that it has
@@ -95,8 +99,13 @@ def synced(name, text):
 
 
 def main():
+    if sys.argv[1:2] == ["reasons"]:
+        for name in sys.argv[2:]:
+            for block, reason in EXEMPTIONS.get(name, {}).items():
+                print(f"{name}.py has its own {block}: {reason}")
+        return
     if sys.argv[1:] != ["sync"]:
-        sys.exit("usage: python tests/siblings.py sync")
+        sys.exit("usage: python tests/siblings.py sync, or python tests/siblings.py reasons NAME ...")
     for name in SIBLINGS:
         path = ROOT / f"{name}.py"
         text = path.read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 from conftest import SCRIPTS
-from variants import loss_and_grad, naive_loss, naive_mean, over_variants, random_batch, sequence_level
+from variants import loss_and_grad, naive_loss, naive_mean, over_variants, random_batch
 
 over_scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 
@@ -98,8 +98,6 @@ def test_parts_of_a_batch_add_up_by_their_weights(script, constants):
     shares = [script.token_weights(mask[part])[1] / script.token_weights(mask)[1] for part in parts]
     sums = [share * script.aggregate(values[part], mask[part]) for share, part in zip(shares, parts, strict=True)]
     torch.testing.assert_close(sum(sums), whole)
-    if not sequence_level(script):
-        torch.testing.assert_close(script.per_token(torch.ones_like(values), mask), torch.tensor(1.0).double())
 
 
 @over_variants

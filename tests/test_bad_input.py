@@ -266,7 +266,7 @@ FLAGS = [
     row("a flag that does not exist", gspo, ["--group-sise", 4], "--group-sise", "did you mean --group-size?"),
     row("a flag like no other", grpo, ["--xyzzy"], "unknown flag --xyzzy", "--help"),
     row("a flag in capitals, with underscores", dapo, ["--GROUP_SIZE", 4], "did you mean --group-size?"),
-    row("a flag of another script", grpo, ["--ratio-level", "token"], "--ratio-level", "another script"),
+    row("a flag of another script", grpo, ["--ratio-level", "token"], "--ratio-level", "it belongs to gspo.py"),
     row("a flag with a long dash, from a web page", gspo, ["–group-size", 4], "did you mean --group-size?"),
     row("a word that belongs to no flag", gspo, ["stray"], "'stray' belongs to no flag", "--flag value"),
     row("a word after a switch", grpo, ["--adaptive-kl", "false"], "'false' belongs to no flag", "--no-name"),
@@ -295,7 +295,12 @@ FLAGS = [
     row("a temperature of zero", gspo, ["--temperature", 0], "TEMPERATURE = 0.0", "greedily"),
     row("a choice that is none", gspo, ["--ratio-level", "word"], "'word'", "'sequence'", "--ratio-level"),
     row("more mini-batches than completions", grpo, ["--mini-batches", 999], "MINI_BATCHES", "--mini-batches"),
-    row("an aggregation that needs a divisor", dapo, ["--loss-aggregation", "constant"], "LOSS_DIVISOR", "grpo.py"),
+    row(
+        "an aggregation that needs a divisor",
+        dapo,
+        ["--loss-aggregation", "constant"],
+        "must be one of 'token_mean', 'sequence_mean'",
+    ),
     row("a preset that does not exist", dapo, ["--preset", "huge"], "--preset huge", "smoke"),
 ]
 

@@ -37,7 +37,9 @@ def assert_refused(capsys, tmp_path, words, *argv):
 
 def test_an_aggregation_without_its_divisor_is_refused():
     dapo.LOSS_AGGREGATION = "constant"
-    with pytest.raises(configs.InputError, match="LOSS_DIVISOR"):
+    with pytest.raises(
+        configs.InputError, match="must be one of 'token_mean', 'sequence_mean'; give --loss-aggregation"
+    ):
         configs.snapshot(vars(dapo))
 
 

@@ -50,7 +50,11 @@ def test_dead_groups_are_dropped_the_batch_is_refilled_and_surplus_opens_the_nex
     assert not first.carried.any() and second.carried.tolist() == [True] * 4 + [False] * 12
     assert not trainer.surplus and trainer.rounds == 3
     prompts = [row["prompt"] for rollouts in sampled for row in rollouts.prompts[::4]]
-    in_order = [row["prompt"] for step in (1, 2, 3) for row in dapo.prompts_of_step(trainer.train_rows, step)]
+    in_order = [
+        row["prompt"]
+        for step in (1, 2, 3)
+        for row in dapo.prompts_of_step(trainer.train_rows, step, dapo.BATCH_SIZE, dapo.generator_of)
+    ]
     assert prompts == in_order  # no prompt skipped, none twice
 
 
@@ -104,7 +108,8 @@ def test_without_dynamic_sampling_the_rollouts_are_those_of_gspo(small, tmp_path
         assert rollouts.texts == expected.texts and torch.equal(rollouts.sampled_logps, expected.sampled_logps)
         metrics = trainer.sampling_metrics(rollouts)
         assert metrics["resampled"] == metrics["carried_over"] == 0
-        assert metrics | other.sampling_metrics(expected) == pytest.approx(metrics)
+        assert metrics["sampled_completions"] == len(expected.texts)
+        assert metrics["completion_tokens"] == int(expected.completion_lengths.sum())
 
 
 @pytest.mark.drawn
@@ -219,7 +224,7 @@ def test_its_own_figure_is_drawn_with_the_expected_share_of_dead_groups(small):
     trainer = small.DAPOTrainer()
     trainer.train()
     rows, _ = plotting.load_metrics(trainer.run.folder)
-    figure = plotting.plot_dapo_metrics(rows, group_size=4)
+    figure = plotting.plot_metrics(rows, small.PANELS, constants={"GROUP_SIZE": 4})
     axes = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
     assert len(axes) == 8 and all(axis.get_xlabel() and axis.get_ylabel() for axis in axes.values())
     measured, expected = axes["Dead groups before resampling"].lines

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import shrink
 
 import grpo
 
@@ -35,8 +36,12 @@ def test_the_dual_clip_bounds_the_loss_of_negative_advantages(log_ratio, advanta
     assert bool((torch.autograd.grad(loss, logps)[0] == 0).all()) == bounded
 
 
-def test_metrics_are_per_token_whatever_the_divisor():
-    grpo.LOSS_AGGREGATION, grpo.LOSS_DIVISOR = "constant", 1000
-    mask = torch.arange(5) < torch.tensor([1, 5])[:, None]
-    values = torch.full((2, 5), 0.25)
-    assert grpo.per_token(values, mask).item() == pytest.approx(0.25)
+def test_the_logged_kl_is_a_mean_per_token_whatever_the_divisor(tmp_path):
+    shrink(grpo, tmp_path).LEARNING_RATE = 1e-12
+    trainer = grpo.GRPOTrainer()
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    rollouts.old_logps, rollouts.advantages = rollouts.sampled_logps, torch.zeros(len(rollouts.texts))
+    rollouts.ref_logps = rollouts.sampled_logps + 0.5
+    for grpo.LOSS_AGGREGATION, grpo.LOSS_DIVISOR in (("constant", 1000), ("token_mean", 64), ("sequence_mean", 64)):
+        kl = trainer.update(rollouts.select(torch.arange(len(rollouts.texts))))["kl_divergence"]
+        assert kl.item() == pytest.approx(math.exp(0.5) - 1.5, rel=1e-4)

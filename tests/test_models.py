@@ -422,7 +422,9 @@ def test_a_token_classifier_rewards_each_token_of_what_was_sampled(model_folder,
     for i, text in enumerate(rollouts.texts):  # one sequence at a time, no padding
         start, end = int(rollouts.prompt_lengths[i]), int(rollouts.lengths[i])
         with torch.no_grad():
-            expected = 0.5 * trainer.reward_model.model(rollouts.input_ids[i : i + 1, :end]).logits[0, start:, 0]
+            expected = (
+                0.5 * trainer.rewards.reward_model.model(rollouts.input_ids[i : i + 1, :end]).logits[0, start:, 0]
+            )
         expected[-1] += 2 * -len(text) / 1000
         torch.testing.assert_close(rewards[i, : end - start], expected, rtol=1e-4, atol=1e-5)
         assert (rewards[i, end - start :] == 0).all()
@@ -535,9 +537,9 @@ def test_presets_change_constants_and_say_so(capsys):
     before["PRESET"] = gspo.PRESET
     out = capsys.readouterr().out
     assert gspo.POLICY_MODEL == "Qwen/Qwen3-0.6B" and gspo.CLIP_LOW == 3e-4 and gspo.EVAL_REWARD == "math"
-    preset = configs.PRESETS["gsm8k"]
+    preset = configs.PRESETS["gsm8k"] | gspo.presets["gsm8k"]
     for name, value in configs.constant_values(vars(gspo)).items():
-        expected = preset.get(f"gspo.{name}", preset.get(name, before[name]))
+        expected = preset.get(name, before[name])
         assert value == expected, name
         assert (f"preset gsm8k: {name} = {expected!r}  (was {before[name]!r})" in out) == (expected != before[name])
     assert "preset gsm8k: CLIP_HIGH = 0.0004  (was 0.04)" in out and "LOSS_DIVISOR" not in out
@@ -553,6 +555,6 @@ def test_a_link_to_a_script_has_the_scripts_preset(tmp_path):
 @pytest.mark.parametrize("preset", configs.PRESETS)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_preset_holds_constants_of_the_scripts_that_keep_the_rules(script, preset):
-    names = {name.rpartition(".")[2] for name in configs.PRESETS[preset]}
-    assert names <= {name for other in SCRIPTS for name in configs.constant_values(vars(other))}
+    own = script.presets.get(preset, {})
+    assert {*configs.PRESETS[preset], *own} <= {*configs.constant_values(vars(script))}
     configs.apply_overrides(vars(script), ["--preset", preset])

@@ -282,13 +282,11 @@ def test_the_kl_coefficient_stays_in_its_bounds(script, coef, mean_kl, target):
     assert 0.01 <= script.next_kl_coef(coef, mean_kl) <= 1.0
 
 
-@over_scripts
 @given(truncated=st.lists(st.booleans(), min_size=1, max_size=8), filtered=st.booleans())
-def test_completions_in_the_loss_are_all_or_those_that_ended(script, truncated, filtered):
-    script.OVERLONG_FILTER = filtered  # dapo.py alone reads it
-    truncated = torch.tensor(truncated)
-    expected = ~truncated if script is dapo and filtered else torch.ones_like(truncated)
-    chosen = script.completions_in_loss(truncated)
+def test_completions_in_the_loss_are_all_or_those_that_ended(truncated, filtered):
+    dapo.OVERLONG_FILTER, truncated = filtered, torch.tensor(truncated)
+    expected = ~truncated if filtered else torch.ones_like(truncated)
+    chosen = dapo.completions_in_loss(truncated)
     assert chosen.dtype == torch.bool and torch.equal(chosen, expected)
 
 

@@ -332,7 +332,7 @@ def test_where_a_real_reward_model_returns_nan_those_completions_alone_get_zero(
     rollouts = trainer.generate_responses_with_group_sampling(1)
     healthy = trainer.compute_rewards(rollouts)
     seven = trainer.tokenizer.convert_tokens_to_ids("7")
-    trainer.reward_model.model.get_input_embeddings().weight[seven] = float("nan")
+    trainer.rewards.reward_model.model.get_input_embeddings().weight[seven] = float("nan")
     rewards = trainer.compute_rewards(rollouts)
     broken = [
         7 in map(int, filter(str.isdigit, row["prompt"] + text))

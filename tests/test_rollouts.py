@@ -253,12 +253,18 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
 def test_prompts_of_steps_pass_over_the_data_in_a_new_order_each_time():
     rows = [{"number": i} for i in range(10)]
     gspo.BATCH_SIZE = 4
-    seen = [row["number"] for step in range(1, 6) for row in gspo.prompts_of_step(rows, step)]
+    seen = [
+        row["number"]
+        for step in range(1, 6)
+        for row in gspo.prompts_of_step(rows, step, gspo.BATCH_SIZE, gspo.generator_of)
+    ]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:] and seen[:10] != list(range(10))
-    assert [row["number"] for row in gspo.prompts_of_step(rows, 3)] == seen[8:12]  # a function of the step alone
+    assert [row["number"] for row in gspo.prompts_of_step(rows, 3, gspo.BATCH_SIZE, gspo.generator_of)] == seen[
+        8:12
+    ]  # a function of the step alone
     gspo.BATCH_SIZE = 25
-    assert len(gspo.prompts_of_step(rows, 1)) == 25
+    assert len(gspo.prompts_of_step(rows, 1, gspo.BATCH_SIZE, gspo.generator_of)) == 25
 
 
 def test_under_bfloat16_sampling_and_training_agree_as_far_as_it_goes(model, monkeypatch):

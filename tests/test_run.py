@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from conftest import trainer_of
+from conftest import SCRIPTS, trainer_of
 from variants import naive_loss, naive_mean
 
 import configs
@@ -54,30 +54,9 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
     config = json.loads((folder / "config.json").read_text())
     assert config["constants"]["GROUP_SIZE"] == 4 and config["constants"]["OUTPUT_DIR"] == script.OUTPUT_DIR
     assert {"git_commit", "versions", "hardware", "command"} <= config.keys()
-
-    rows = read_jsonl(folder / "metrics.jsonl")
-    assert rows == history and [row["step"] for row in rows] == [0, 1, 2]
-    evaluated = {f"{name}{end}" for name in ("eval_accuracy", "eval_pass_at_k") for end in ("", "_low", "_high")}
-    assert set(rows[0]) == {"step", "eval_accuracy_greedy"} | evaluated
-    for row in rows[1:]:
-        assert set(METRICS) <= set(row) and {"eval_accuracy", "eval_accuracy_greedy"} <= set(row)
-        unknown = {name for name in METRICS if row[name] is None}
-        assert unknown == {"peak_memory_gb"} | ({"kl_divergence"} if trainer.reference is None else set())
-        assert all(math.isfinite(row[name]) for name in set(METRICS) - unknown)
-        assert row["sampler_gap"] < 1e-4
-        assert row["ratio_min"] <= row["ratio_mean"] <= row["ratio_max"]
-        assert (row["entropy_loss"] < 0) == (script.ENTROPY_COEF > 0)
-    if trainer.reference is not None:
-        assert all(row["kl_divergence"] > 0 and row["kl_coef"] > 0 for row in rows[1:])
-
-    samples = read_jsonl(folder / "samples.jsonl")
-    assert len(samples) == 2 * 2 * 4
-    assert {"step", "prompt", "completion", "reward", "advantage", "answer"} <= set(samples[0])
-    assert all(len(row["token_texts"]) == len(row["logp_change"]) == row["tokens"] for row in samples)
-    assert any(change for row in samples for change in row["logp_change"])
-    assert len({sample["prompt"] for sample in samples[:4]}) == 1
-    assert sum(sample["advantage"] for sample in samples[:4]) == pytest.approx(0, abs=1e-5)
-
+    assert read_jsonl(folder / "metrics.jsonl") == history
+    assert_metrics(trainer, history)
+    assert_samples(read_jsonl(folder / "samples.jsonl"))
     for name in ("checkpoints/step-1", "checkpoints/step-2", "final"):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / name)
@@ -87,8 +66,35 @@ def test_a_run_writes_every_file_moves_every_parameter_and_reports(small_script,
         assert torch.equal(parameter, dict(trainer.policy.named_parameters())[name])
     assert (folder / "metrics.png").stat().st_size > 10_000 and "</html>" in (folder / "samples.html").read_text()
     assert not list(folder.rglob("*.part*"))
+    assert_summary(capsys.readouterr().out, history, folder)
 
-    out = capsys.readouterr().out
+
+def assert_metrics(trainer, rows):
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    evaluated = {f"{name}{end}" for name in ("eval_accuracy", "eval_pass_at_k") for end in ("", "_low", "_high")}
+    assert set(rows[0]) == {"step", "eval_accuracy_greedy"} | evaluated
+    for row in rows[1:]:
+        assert set(METRICS) <= set(row) and {"eval_accuracy", "eval_accuracy_greedy"} <= set(row)
+        unknown = {name for name in METRICS if row[name] is None}
+        assert unknown == {"peak_memory_gb"} | ({"kl_divergence"} if trainer.reference is None else set())
+        assert all(math.isfinite(row[name]) for name in set(METRICS) - unknown)
+        assert row["sampler_gap"] < 1e-4
+        assert row["ratio_min"] <= row["ratio_mean"] <= row["ratio_max"]
+        assert (row["entropy_loss"] < 0) == (trainer.constants.ENTROPY_COEF > 0)
+    if trainer.reference is not None:
+        assert all(row["kl_divergence"] > 0 and row["kl_coef"] > 0 for row in rows[1:])
+
+
+def assert_samples(samples):
+    assert len(samples) == 2 * 2 * 4
+    assert {"step", "prompt", "completion", "reward", "advantage", "answer"} <= set(samples[0])
+    assert all(len(row["token_texts"]) == len(row["logp_change"]) == row["tokens"] for row in samples)
+    assert any(change for row in samples for change in row["logp_change"])
+    assert len({sample["prompt"] for sample in samples[:4]}) == 1
+    assert sum(sample["advantage"] for sample in samples[:4]) == pytest.approx(0, abs=1e-5)
+
+
+def assert_summary(out, rows, folder):
     assert f"{rows[0]['eval_accuracy']:.3f} before, {rows[2]['eval_accuracy']:.3f} after" in out
     assert str(folder / "metrics.png") in out and out.count("    before ") == out.count("    after ") == 3
     parts = ("rollout", "reward", "logps", "update", "log")
@@ -238,9 +244,9 @@ def test_rewards_are_the_weighted_sum_and_the_reward_model_sees_prompt_and_compl
     rollouts = trainer.generate_responses_with_group_sampling(1)
     for i, reward in enumerate(trainer.compute_rewards(rollouts).tolist()):
         row, text = rollouts.prompts[i], rollouts.texts[i]
-        alone = trainer.reward_model.tokenizer([row["prompt"] + text], return_tensors="pt")
+        alone = trainer.rewards.reward_model.tokenizer([row["prompt"] + text], return_tensors="pt")
         with torch.no_grad():
-            score = trainer.reward_model.model(alone.input_ids).logits.item()
+            score = trainer.rewards.reward_model.model(alone.input_ids).logits.item()
         right = float(text.rpartition("#")[2] == row["answer"])
         assert reward == pytest.approx(2 * score + 0.5 * right, abs=1e-4)
 
@@ -249,7 +255,7 @@ def test_rewards_are_the_weighted_sum_and_the_reward_model_sees_prompt_and_compl
 def test_sampling_in_parts_samples_the_same(small_script, at_once):
     script = small_script
     trainer = trainer_of(script)
-    rows = script.prompts_of_step(trainer.train_rows, 1)
+    rows = script.prompts_of_step(trainer.train_rows, 1, script.BATCH_SIZE, script.generator_of)
     whole = trainer.sample(rows, 4, ("rollout", 1))
     script.SAMPLED_AT_ONCE = at_once
     parts = trainer.sample(rows, 4, ("rollout", 1))
@@ -263,7 +269,7 @@ def test_the_learning_rate_warms_up_and_decays(small):
     rates = {}
     for schedule in ("constant", "linear", "cosine"):
         small.LR_SCHEDULE = schedule
-        rates[schedule] = [gspo.GSPOTrainer.learning_rate_at(step) for step in range(1, 11)]
+        rates[schedule] = [gspo.learning_rate_at(step, gspo) for step in range(1, 11)]
         assert rates[schedule][:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates["constant"][5:] == [1.0] * 5
     assert rates["linear"][5:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
@@ -347,20 +353,39 @@ def titles(figure):
     return [axis.get_title() for axis in figure.axes]
 
 
-def test_the_picture_has_eight_titled_panels_with_axes_named():
-    series = [[0.1 * i + k for i in range(5)] for k in range(8)]
-    figure = plotting.plot_gspo_metrics(*series)
-    assert len(figure.axes) == 8 and all(titles(figure)) and len(set(titles(figure))) == 8
-    for axis, values in zip(figure.axes, series, strict=True):
+def rows_of(panels, values):
+    """Steps from 1 whose metrics of those names are values(step, number of the metric)."""
+    return [{"step": i} | {name: values(i, k) for k, name in enumerate(panels.split())} for i in range(1, 10)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_picture_has_the_eight_panels_of_the_script_with_axes_named(script):
+    rows = rows_of(script.PANELS, lambda step, number: 0.1 * step + number)
+    figure = plotting.plot_metrics(rows, script.PANELS)
+    axes = figure.axes[:8]  # then those at the right of a panel
+    assert len({axis.get_title() for axis in axes}) == 8 and all(axis.get_title() for axis in axes)
+    for name, axis in zip(script.PANELS.split(), axes, strict=True):
         assert axis.get_xlabel() and axis.get_ylabel()
-        assert list(axis.lines[0].get_ydata()) == values
+        assert list(axis.lines[0].get_ydata()) == [row[name] for row in rows]
+
+
+def test_any_logged_metric_can_be_a_panel_and_one_that_is_not_says_so(small):
+    small.PANELS = "grad_norm learning_rate ratio_max sampler_gap " + "reward " * 3 + "mine"
+    trainer = small.GSPOTrainer()
+    trainer.train()
+    rows, _ = plotting.load_metrics(trainer.run.folder)
+    axes = plotting.plot_metrics(rows, plotting.constants_of(trainer.run.folder)["PANELS"]).axes
+    assert list(axes[1].lines[0].get_ydata()) == [row["learning_rate"] for row in rows]
+    assert axes[1].get_title() == "learning_rate" and axes[7].texts[0].get_text() == "not computed"
+    with pytest.raises(configs.InputError, match="PANELS = 'reward kl' must be the names of eight metrics"):
+        configs.apply_overrides(vars(gspo), ["--panels", "reward kl"])
 
 
 def test_a_run_without_a_kl_beside_one_with_a_spike_leaves_the_log_scale(tmp_path):
     folders = [tmp_path / "with", tmp_path / "without"]
     for folder, kls in zip(folders, ([0.1] * 8 + [1e4], [None] * 9), strict=True):
         folder.mkdir()
-        rows = [{key: 0.1 for key, _, _ in plotting.PANELS} | {"step": i} for i in range(1, 10)]
+        rows = rows_of(plotting.PANELS, lambda *_: 0.1)
         rows = [row | {"kl_divergence": kl, "kl_loss": kl or 0.0} for row, kl in zip(rows, kls, strict=True)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scales = {axis.get_title(): axis.get_yscale() for axis in plotting.compare_runs(folders).axes}
@@ -368,11 +393,9 @@ def test_a_run_without_a_kl_beside_one_with_a_spike_leaves_the_log_scale(tmp_pat
 
 
 def test_a_spike_of_the_kl_is_drawn_on_a_log_scale():
-    series = [[0.1] * 9 for _ in range(8)]
-    series[5] = [0.1] * 8 + [1e4]
-    assert [axis.get_yscale() for axis in plotting.plot_gspo_metrics(*series).axes] == ["linear"] * 5 + ["log"] + [
-        "linear"
-    ] * 2
+    rows = rows_of(plotting.PANELS, lambda step, number: 1e4 if (step, number) == (9, 5) else 0.1)
+    scales = [axis.get_yscale() for axis in plotting.plot_metrics(rows).axes[:8]]
+    assert scales == ["linear"] * 5 + ["log"] + ["linear"] * 2
 
 
 @pytest.mark.drawn
@@ -408,7 +431,7 @@ def test_plotting_what_cannot_be_read_fails_in_one_line(tmp_path, capsys, conten
 
 def test_on_another_device_rewards_and_reference_overlap_the_policys_own_pass(small, monkeypatch):
     """Each side waits for the other to have begun, which one after the other could not end."""
-    small.SAMPLE_GROUPS = 0  # whose log-probs after the step are nobody's to wait for
+    monkeypatch.setattr(small.GSPOTrainer, "keep_samples", lambda *_: None)  # a pass after the step
     compute_log_probs = small.GSPOTrainer.compute_log_probs  # as in bfloat16; float32 has no pass of its own
     monkeypatch.setattr(
         small.GSPOTrainer, "compute_old_logps", lambda self, rollouts: self.compute_log_probs(self.policy, rollouts)
