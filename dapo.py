@@ -238,15 +238,19 @@ def compute_policy_loss(logps, old_logps, advantages, completion_mask):
 
     advantages (B,) or (B, T). The gradient flows through logps alone.
     """
-    advantages = advantages.view(len(logps), -1)  # (B, 1 or T)
     ratio = compute_ratio(logps, old_logps, completion_mask)  # (B, T)
-    losses = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
+    losses = clipped_loss(ratio, advantages.view(len(ratio), -1))
     return aggregate(losses, completion_mask), ratio_stats(ratio, advantages, completion_mask)
 
 
 def compute_ratio(logps, old_logps, completion_mask):
     """The importance ratio r_it of each token, (B, T), 1 where masked. Carries the gradient of logps."""
     return bounded_exp((logps - old_logps).masked_fill(~completion_mask, 0.0))
+
+
+def clipped_loss(ratio, advantages):
+    """−min(ratio · A, clip(ratio) · A), in the shape of ratio."""
+    return -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
 
 
 def ratio_stats(ratio, advantages, completion_mask):

@@ -202,17 +202,21 @@ def compute_policy_loss(logps, old_logps, advantages, completion_mask):
     advantages (B,) or (B, T). The gradient flows through logps alone. With DUAL_CLIP = c > 0, tokens of negative
     advantage have max(min(r A, clip(r) A), c A), which bounds the loss where the ratio explodes (arXiv 1912.09729).
     """
-    advantages = advantages.view(len(logps), -1)  # (B, 1 or T)
     ratio = compute_ratio(logps, old_logps, completion_mask)  # (B, T)
-    losses = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
-    if DUAL_CLIP > 0:
-        losses = torch.where(advantages < 0, torch.min(losses, -DUAL_CLIP * advantages), losses)
+    losses = clipped_loss(ratio, advantages.view(len(ratio), -1))
     return aggregate(losses, completion_mask), ratio_stats(ratio, advantages, completion_mask)
 
 
 def compute_ratio(logps, old_logps, completion_mask):
     """The importance ratio r_it of each token, (B, T), 1 where masked. Carries the gradient of logps."""
     return bounded_exp((logps - old_logps).masked_fill(~completion_mask, 0.0))
+
+
+def clipped_loss(ratio, advantages):
+    """−min(ratio · A, clip(ratio) · A), in the shape of ratio."""
+    losses = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
+    bounded = torch.min(losses, -DUAL_CLIP * advantages)
+    return torch.where(advantages < 0, bounded, losses) if DUAL_CLIP > 0 else losses
 
 
 def ratio_stats(ratio, advantages, completion_mask):

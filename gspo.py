@@ -151,7 +151,7 @@ presets = {"gsm8k": {"CLIP_LOW": 3e-4, "CLIP_HIGH": 4e-4, "KL_COEF": 0.0, "ADAPT
 
 
 def compute_relative_advantages(rewards, group_size):
-    """Advantages within groups: A_i = r_i − mean(r), over std(r) + 1e-6 if ADVANTAGE_TYPE is "normalized" (eq. 6).
+    """Advantages within groups: A_i = r_i − mean(r), over std(r) + 1e-6 if ADVANTAGE_TYPE is "normalized".
 
     rewards (B,), groups contiguous -> (B,), no gradient. The std is the sample's (n − 1). A dead group, whose rewards
     are all equal, has no signal: its advantages are exactly 0, even where floats cannot represent the mean.
@@ -218,32 +218,25 @@ def compute_policy_loss_sequence_level(logps, old_logps, advantages, completion_
 
 
 def compute_policy_loss_token_level(logps, old_logps, advantages, completion_mask):
-    """One loss per token, averaged over each sequence and then over sequences.
-
-    With one advantage per sequence and GSPO-token's ratio, loss and gradient are those of the sequence level with
-    LENGTH_NORMALIZED_RATIO; with advantages (B, T) each token has its own.
-    """
-    ratio = compute_token_ratio(logps, old_logps, completion_mask)  # (B, T)
+    """One loss per token. With GSPO-token's ratio and advantages (B,), it has the gradient of the sequence level."""
+    level = "token" if RATIO_LEVEL == "token" else "sequence_token"
+    ratio = compute_ratio(logps, old_logps, completion_mask, level)  # (B, T)
     losses = clipped_loss(ratio, advantages.view(len(ratio), -1))
     return aggregate(losses, completion_mask), ratio_stats(ratio, advantages, completion_mask)
 
 
-def compute_ratio(logps, old_logps, completion_mask):
-    """The importance ratio at RATIO_LEVEL: (B,) of sequences, or (B, T) of tokens."""
-    if RATIO_LEVEL == "sequence":
-        return compute_sequence_ratio(logps, old_logps, completion_mask)
-    return compute_token_ratio(logps, old_logps, completion_mask)
+def compute_ratio(logps, old_logps, completion_mask, level=None):
+    """The importance ratio at a level, None for RATIO_LEVEL: of sequences (B,), or of tokens (B, T), 1 where masked.
 
-
-def compute_token_ratio(logps, old_logps, completion_mask):
-    """(B, T), 1 where masked: that of the token if RATIO_LEVEL is "token" (as in PPO and GRPO), else GSPO-token's.
-
-    The latter is s_it = sg[s_i] · π(y_it) / sg[π(y_it)] (eq. 14): s_i in value, with the gradient of one token.
+    GSPO-token's (eq. 14) is s_it = sg[s_i] · π(y_it) / sg[π(y_it)]: s_i in value, with the gradient of one token.
     """
-    if RATIO_LEVEL == "token":
+    level = level or RATIO_LEVEL
+    if level == "token":
         return bounded_exp((logps - old_logps).masked_fill(~completion_mask, 0.0))
-    sequence_ratio = compute_sequence_ratio(logps, old_logps, completion_mask).detach()  # (B,)
-    return sequence_ratio[:, None] * (logps - logps.detach()).masked_fill(~completion_mask, 0.0).exp()
+    ratio = compute_sequence_ratio(logps, old_logps, completion_mask)  # (B,)
+    if level == "sequence":
+        return ratio
+    return ratio.detach()[:, None] * (logps - logps.detach()).masked_fill(~completion_mask, 0.0).exp()
 
 
 def clipped_loss(ratio, advantages):
@@ -252,19 +245,14 @@ def clipped_loss(ratio, advantages):
 
 
 def ratio_stats(ratio, advantages, completion_mask):
-    """What is logged of the ratio: of all sequences, or of all tokens if each has a ratio of its own. No gradient.
-
-    clip_fraction is the share whose gradient the clip removes.
-    """
-    if ratio.dim() == 1:
-        counted = completion_mask.any(1)  # (B,)
-    else:
-        advantages, counted = advantages.view(len(ratio), -1), completion_mask  # (B, 1 or T), (B, T)
-        if RATIO_LEVEL != "token" and advantages.shape[1] == 1:  # one ratio per sequence, so each counts once
-            counted = completion_mask & (completion_mask.cumsum(1) == 1)
+    """What is logged of the ratio. clip_fraction: the share whose gradient the clip removes, of sequences or tokens."""
+    ratio = ratio.view(len(ratio), -1)  # (B, 1 or T)
+    if RATIO_LEVEL != "token" and advantages.numel() == len(ratio):  # one ratio per sequence, so each counts once
+        ratio, completion_mask = ratio[:, :1], completion_mask.any(1, keepdim=True)
+    advantages = advantages.view(len(ratio), -1)  # (B, 1 or T)
     above = (advantages > 0) & (ratio > 1 + CLIP_HIGH)
     below = (advantages < 0) & (ratio < 1 - CLIP_LOW)
-    return ratio_metrics(ratio, above | below, counted)
+    return ratio_metrics(ratio, above | below, completion_mask)
 
 
 def token_weights(completion_mask):
