@@ -29,6 +29,7 @@ One training step:
 
 Run:   python dapo.py                     the embedded task, on any machine
        python dapo.py --help              every constant below is a flag
+       python plotting.py outputs/<run>   redraw the figure
 """
 
 import hashlib
@@ -197,7 +198,7 @@ def compute_relative_advantages(rewards, group_size):
     """Advantages within groups, eq. 9: A_i = r_i − mean(r), over std(r) + 1e-6 if ADVANTAGE_TYPE is "normalized".
 
     rewards (B,), groups contiguous -> (B,), no gradient. The std is the sample's (n − 1). A dead group has no signal:
-    its advantages are exactly 0, even where floats cannot represent the mean.
+    its advantages are exactly 0, even if floats cannot represent the mean.
     """
     grouped = rewards.detach().double().view(-1, group_size)  # (prompts, G)
     advantages = grouped - grouped.mean(1, keepdim=True)
@@ -211,9 +212,9 @@ def compute_relative_advantages(rewards, group_size):
 def compute_token_advantages(rewards, completion_mask, group_size):
     """Advantages of tokens: each token's return, R_it = Σ_{u ≥ t} r_iu, minus the mean over all tokens of the group.
 
-    Over their std + 1e-6 if ADVANTAGE_TYPE is "normalized". rewards (B, T), groups contiguous -> (B, T), no gradient, 0
-    where masked and in a dead group. Process supervision, as in DeepSeekMath (arXiv 2402.03300, section 4.1.3), which
-    normalizes rewards before it sums them.
+    Over their std + 1e-6 if ADVANTAGE_TYPE is "normalized". rewards (B, T), groups contiguous -> (B, T), no gradient; 0
+    for masked tokens and in a dead group. This is process supervision as in DeepSeekMath (arXiv 2402.03300, section
+    4.1.3), which normalizes rewards before it sums them.
     """
     returns = rewards.detach().double().masked_fill(~completion_mask, 0.0).flip(1).cumsum(1).flip(1)  # (B, T)
     advantages = torch.zeros_like(returns)
@@ -425,13 +426,13 @@ class DAPOTrainer:
         """
         shape = (len(rows) * group_size, MAX_COMPLETION_TOKENS)
         uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator_of(*purpose))
-        limits = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_COMPLETION_TOKENS}
-        return self.sampler(rows, group_size, uniform, **limits)
+        settings = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_COMPLETION_TOKENS}
+        return self.sampler(rows, group_size, uniform, **settings)
 
     # -- 2. Score
 
     def compute_rewards(self, rollouts):
-        """The weighted sum of REWARDS, (B,); where the reward model scores tokens (B, T), other rewards on the last."""
+        """The weighted sum of REWARDS, (B,). If the reward model scores tokens, (B, T), with the others on the last."""
         rewards = torch.tensor(self.rewards(rollouts.prompts, rollouts.texts, rollouts))
         if USE_SEQUENCE_LEVEL_REWARD:
             return rewards
@@ -456,10 +457,10 @@ class DAPOTrainer:
         return self.fit_to_memory("log-probs", MICRO_BATCH_TOKENS, compute)
 
     def compute_old_logps(self, rollouts):
-        """log π_old, of the policy that sampled: (B, T). As it stands, or for a carried-over group as it was then.
+        """log π_old, (B, T), of the policy that sampled: as it stands, or as it was for a carried-over group.
 
-        In float32 these are the sampler's own. In bfloat16, where sampling and training differ by 1e-2, those of the
-        policy as it stands are computed again as the updates compute π, so that the ratio begins at 1.
+        In float32 these are the sampler's own. In bfloat16 sampling and training differ by 1e-2, so those of the policy
+        as it stands are computed again as the updates compute π, and the ratio begins at 1.
         """
         if self.policy_device.type == "cpu" and POLICY_DTYPE == "float32":
             return rollouts.sampled_logps
@@ -507,9 +508,9 @@ class DAPOTrainer:
     def update(self, batch):
         """One optimizer step on some completions. Returns the losses and the statistics of the ratio.
 
-        The statistics are those of all completions of the batch, whatever else the loss has: a completion without an
-        advantage, whose ratio moves nothing, counts with a ratio of 1. A loss or gradient that is not finite moves
-        nothing: the step is skipped, and counted by its grad_norm.
+        The statistics are of all completions of the batch, whatever else the loss has. One without an advantage counts
+        with a ratio of 1, because its ratio moves nothing. If the loss or the gradient is not finite, the step is
+        skipped, and its grad_norm says so.
         """
         logps, stats = self.fit_to_memory("updates", MICRO_BATCH_TOKENS, lambda n: self.compute_gradient(batch, n))
         norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
@@ -532,7 +533,8 @@ class DAPOTrainer:
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
         Each micro-batch counts by its share of the batch's divisor, so that how it is split cannot change the gradient.
-        Returns logps (B, T) without gradient, old_logps where rows need not go through the model; the losses.
+        Returns logps (B, T), without gradient, and the losses. Rows that move nothing do not go through the model: their
+        logps are old_logps.
         """
         _, divisor = token_weights(batch.completion_mask)
         all_move = batch.ref_logps is not None or ENTROPY_COEF > 0  # else only completions with an advantage do

@@ -24,6 +24,7 @@ One training step:
 
 Run:   python grpo.py                     the embedded task, on any machine
        python grpo.py --help              every constant below is a flag
+       python plotting.py outputs/<run>   redraw the figure
 """
 
 import hashlib
@@ -95,7 +96,7 @@ TOP_P = 1.0  # nucleus sampling; below 1 the ratio is biased, because log-probs 
 
 # Loss
 GRPO_EPOCHS = 1  # passes over the rollouts of a step
-MINI_BATCHES = 4  # optimizer steps per pass; paper: 1, where the ratio is 1 and the clip never acts
+MINI_BATCHES = 4  # optimizer steps per pass; paper: 1, with which the ratio is 1 and the clip never acts
 CLIP_LOW = 0.2  # the token's ratio is clipped at 1 - this
 CLIP_HIGH = 0.2  # the token's ratio is clipped at 1 + this
 DUAL_CLIP = 0.0  # for negative advantages the loss of a token is at most this times -A; 0 is off, verl's default is 3
@@ -160,7 +161,7 @@ def compute_relative_advantages(rewards, group_size):
     """Advantages within groups: A_i = r_i − mean(r), over std(r) + 1e-6 if ADVANTAGE_TYPE is "normalized".
 
     rewards (B,), groups contiguous -> (B,), no gradient. The std is the sample's (n − 1). A dead group, whose rewards
-    are all equal, has no signal: its advantages are exactly 0, even where floats cannot represent the mean.
+    are all equal, has no signal: its advantages are exactly 0, even if floats cannot represent the mean.
     """
     grouped = rewards.detach().double().view(-1, group_size)  # (prompts, G)
     advantages = grouped - grouped.mean(1, keepdim=True)
@@ -174,9 +175,9 @@ def compute_relative_advantages(rewards, group_size):
 def compute_token_advantages(rewards, completion_mask, group_size):
     """Advantages of tokens: each token's return, R_it = Σ_{u ≥ t} r_iu, minus the mean over all tokens of the group.
 
-    Over their std + 1e-6 if ADVANTAGE_TYPE is "normalized". rewards (B, T), groups contiguous -> (B, T), no gradient, 0
-    where masked and in a dead group. Process supervision, as in DeepSeekMath (arXiv 2402.03300, section 4.1.3), which
-    normalizes rewards before it sums them.
+    Over their std + 1e-6 if ADVANTAGE_TYPE is "normalized". rewards (B, T), groups contiguous -> (B, T), no gradient; 0
+    for masked tokens and in a dead group. This is process supervision as in DeepSeekMath (arXiv 2402.03300, section
+    4.1.3), which normalizes rewards before it sums them.
     """
     returns = rewards.detach().double().masked_fill(~completion_mask, 0.0).flip(1).cumsum(1).flip(1)  # (B, T)
     advantages = torch.zeros_like(returns)
@@ -200,7 +201,7 @@ def compute_policy_loss(logps, old_logps, advantages, completion_mask):
     """GRPO, eq. 3: −min(r_it A_i, clip(r_it) A_i) of each token, aggregated: (scalar, stats). No KL, no entropy term.
 
     advantages (B,) or (B, T). The gradient flows through logps alone. With DUAL_CLIP = c > 0, tokens of negative
-    advantage have max(min(r A, clip(r) A), c A), which bounds the loss where the ratio explodes (arXiv 1912.09729).
+    advantage have max(min(r A, clip(r) A), c A), which bounds the loss if the ratio explodes (arXiv 1912.09729).
     """
     ratio = compute_ratio(logps, old_logps, completion_mask)  # (B, T)
     losses = clipped_loss(ratio, advantages.view(len(ratio), -1))
@@ -259,7 +260,7 @@ def compute_kl_loss(logps, old_logps, ref_logps, completion_mask):
     """The KL term of the loss before its coefficient, by KL_ESTIMATOR, aggregated. Scalar.
 
     With d = log π − log π_ref of a sampled token, expected gradients on-policy are
-    "k1", d: none at all, for E[∇ log π] = 0; it is a value, not a loss
+    "k1", d: none at all, because E[∇ log π] = 0; it is a value, not a loss
     "k2", d²/2: that of the reverse KL(π ‖ π_ref)
     "k3", exp(−d) + d − 1: that of the forward KL(π_ref ‖ π)
     "ratio_k3", π/π_old · k3: that of the reverse KL, off-policy too
@@ -375,13 +376,13 @@ class GRPOTrainer:
         """
         shape = (len(rows) * group_size, MAX_COMPLETION_TOKENS)
         uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator_of(*purpose))
-        limits = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_COMPLETION_TOKENS}
-        return self.sampler(rows, group_size, uniform, **limits)
+        settings = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_COMPLETION_TOKENS}
+        return self.sampler(rows, group_size, uniform, **settings)
 
     # -- 2. Score
 
     def compute_rewards(self, rollouts):
-        """The weighted sum of REWARDS, (B,); where the reward model scores tokens (B, T), other rewards on the last."""
+        """The weighted sum of REWARDS, (B,). If the reward model scores tokens, (B, T), with the others on the last."""
         rewards = torch.tensor(self.rewards(rollouts.prompts, rollouts.texts, rollouts))
         if USE_SEQUENCE_LEVEL_REWARD:
             return rewards
@@ -455,9 +456,9 @@ class GRPOTrainer:
     def update(self, batch):
         """One optimizer step on some completions. Returns the losses and the statistics of the ratio.
 
-        The statistics are those of all completions of the batch, whatever else the loss has: a completion without an
-        advantage, whose ratio moves nothing, counts with a ratio of 1. A loss or gradient that is not finite moves
-        nothing: the step is skipped, and counted by its grad_norm.
+        The statistics are of all completions of the batch, whatever else the loss has. One without an advantage counts
+        with a ratio of 1, because its ratio moves nothing. If the loss or the gradient is not finite, the step is
+        skipped, and its grad_norm says so.
         """
         logps, stats = self.fit_to_memory("updates", MICRO_BATCH_TOKENS, lambda n: self.compute_gradient(batch, n))
         norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
@@ -480,7 +481,8 @@ class GRPOTrainer:
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
         Each micro-batch counts by its share of the batch's divisor, so that how it is split cannot change the gradient.
-        Returns logps (B, T) without gradient, old_logps where rows need not go through the model; the losses.
+        Returns logps (B, T), without gradient, and the losses. Rows that move nothing do not go through the model: their
+        logps are old_logps.
         """
         _, divisor = token_weights(batch.completion_mask)
         all_move = batch.ref_logps is not None or ENTROPY_COEF > 0  # else only completions with an advantage do

@@ -9,9 +9,9 @@ and improve the policy π by several updates on the objective
 
     A_i = r_i − mean(r_1 .. r_G), divided by the group's standard deviation if ADVANTAGE_TYPE is "normalized"  (eq. 6)
 
-The reward is given to a sequence, so the importance ratio and the clip act on the sequence too: one weight for all its
-tokens, where GRPO (arXiv 2402.03300) has one per token, whose noise grows with length. The paper has no KL term and no
-entropy bonus; here both are there for those who want them, the KL with an adaptive coefficient:
+The reward is given to a sequence, so the importance ratio and the clip act on the sequence too: all its tokens have one
+weight. GRPO (arXiv 2402.03300) has a weight per token, whose noise grows with length. The paper has no KL term and no
+entropy bonus. Here both can be switched on, the KL with an adaptive coefficient:
 
     loss = −J + kl_coef · KL(π, π_ref) − ENTROPY_COEF · H(π)
 
@@ -24,6 +24,7 @@ One training step:
 
 Run:   python gspo.py                     the embedded task, on any machine
        python gspo.py --help              every constant below is a flag
+       python plotting.py outputs/<run>   redraw the figure
 """
 
 import hashlib
@@ -154,7 +155,7 @@ def compute_relative_advantages(rewards, group_size):
     """Advantages within groups: A_i = r_i − mean(r), over std(r) + 1e-6 if ADVANTAGE_TYPE is "normalized".
 
     rewards (B,), groups contiguous -> (B,), no gradient. The std is the sample's (n − 1). A dead group, whose rewards
-    are all equal, has no signal: its advantages are exactly 0, even where floats cannot represent the mean.
+    are all equal, has no signal: its advantages are exactly 0, even if floats cannot represent the mean.
     """
     grouped = rewards.detach().double().view(-1, group_size)  # (prompts, G)
     advantages = grouped - grouped.mean(1, keepdim=True)
@@ -168,9 +169,9 @@ def compute_relative_advantages(rewards, group_size):
 def compute_token_advantages(rewards, completion_mask, group_size):
     """Advantages of tokens: each token's return, R_it = Σ_{u ≥ t} r_iu, minus the mean over all tokens of the group.
 
-    Over their std + 1e-6 if ADVANTAGE_TYPE is "normalized". rewards (B, T), groups contiguous -> (B, T), no gradient, 0
-    where masked and in a dead group. Process supervision, as in DeepSeekMath (arXiv 2402.03300, section 4.1.3), which
-    normalizes rewards before it sums them.
+    Over their std + 1e-6 if ADVANTAGE_TYPE is "normalized". rewards (B, T), groups contiguous -> (B, T), no gradient; 0
+    for masked tokens and in a dead group. This is process supervision as in DeepSeekMath (arXiv 2402.03300, section
+    4.1.3), which normalizes rewards before it sums them.
     """
     returns = rewards.detach().double().masked_fill(~completion_mask, 0.0).flip(1).cumsum(1).flip(1)  # (B, T)
     advantages = torch.zeros_like(returns)
@@ -384,13 +385,13 @@ class GSPOTrainer:
         """
         shape = (len(rows) * group_size, MAX_COMPLETION_TOKENS)
         uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator_of(*purpose))
-        limits = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_COMPLETION_TOKENS}
-        return self.sampler(rows, group_size, uniform, **limits)
+        settings = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_COMPLETION_TOKENS}
+        return self.sampler(rows, group_size, uniform, **settings)
 
     # -- 2. Score
 
     def compute_rewards(self, rollouts):
-        """The weighted sum of REWARDS, (B,); where the reward model scores tokens (B, T), other rewards on the last."""
+        """The weighted sum of REWARDS, (B,). If the reward model scores tokens, (B, T), with the others on the last."""
         rewards = torch.tensor(self.rewards(rollouts.prompts, rollouts.texts, rollouts))
         if USE_SEQUENCE_LEVEL_REWARD:
             return rewards
@@ -464,9 +465,9 @@ class GSPOTrainer:
     def update(self, batch):
         """One optimizer step on some completions. Returns the losses and the statistics of the ratio.
 
-        The statistics are those of all completions of the batch, whatever else the loss has: a completion without an
-        advantage, whose ratio moves nothing, counts with a ratio of 1. A loss or gradient that is not finite moves
-        nothing: the step is skipped, and counted by its grad_norm.
+        The statistics are of all completions of the batch, whatever else the loss has. One without an advantage counts
+        with a ratio of 1, because its ratio moves nothing. If the loss or the gradient is not finite, the step is
+        skipped, and its grad_norm says so.
         """
         logps, stats = self.fit_to_memory("updates", MICRO_BATCH_TOKENS, lambda n: self.compute_gradient(batch, n))
         norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
@@ -489,7 +490,8 @@ class GSPOTrainer:
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
         Each micro-batch counts by its share of the batch's divisor, so that how it is split cannot change the gradient.
-        Returns logps (B, T) without gradient, old_logps where rows need not go through the model; the losses.
+        Returns logps (B, T), without gradient, and the losses. Rows that move nothing do not go through the model: their
+        logps are old_logps.
         """
         _, divisor = token_weights(batch.completion_mask)
         all_move = batch.ref_logps is not None or ENTROPY_COEF > 0  # else only completions with an advantage do
