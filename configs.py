@@ -300,18 +300,19 @@ def _parser_of(namespace, constants):
     return parser
 
 
-def apply_overrides(namespace, argv=None):
+def apply_overrides(namespace, argv=None, resume=None):
     """Sets the script's constants from a preset and the command line, then validates them.
 
     namespace: the globals() of the script, changed in place. argv: without the program's name; sys.argv[1:] if None.
-    Raises InputError on an unknown flag, a value of the wrong type, or a value against a rule.
+    resume: a function of (namespace, {name: value} of the flags) that sets the constants of a run to resume. Raises
+    InputError on an unknown flag, a value of the wrong type, or a value against a rule.
     """
     constants = read_constants(namespace)
     given = vars(_parser_of(namespace, constants).parse_args(argv, _Given()))
     if given.get("RESUME", namespace.get("RESUME")):
-        from bookkeeping.resuming import set_constants  # here, because it builds on this module
-
-        return set_constants(namespace, given)
+        if resume is None:
+            raise InputError("RESUME needs a function that reads the run; give apply_overrides Run.set_constants, too")
+        return resume(namespace, given)
     preset = given.get("PRESET", namespace.get("PRESET", ""))
     if preset not in ("", *PRESETS):
         have = ", ".join(sorted(PRESETS))

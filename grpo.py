@@ -481,8 +481,8 @@ class GRPOTrainer:
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
         Each micro-batch counts by its share of the batch's divisor, so that how it is split cannot change the gradient.
-        Returns logps (B, T), without gradient, and the losses. Rows that move nothing do not go through the model: their
-        logps are old_logps.
+        Returns logps (B, T), without gradient, and the losses. Rows that move nothing do not go through the model, and
+        have old_logps.
         """
         _, divisor = token_weights(batch.completion_mask)
         all_move = batch.ref_logps is not None or ENTROPY_COEF > 0  # else only completions with an advantage do
@@ -572,7 +572,7 @@ class GRPOTrainer:
 
 def main(argv=None):
     with configs.one_line_errors():
-        configs.apply_overrides(globals(), argv)
+        configs.apply_overrides(globals(), argv, resume=Run.set_constants)
         trainer = GRPOTrainer()
         selftest(trainer) if SELFTEST else trainer.train()
 

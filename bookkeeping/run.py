@@ -67,6 +67,8 @@ class Run:
     folder: its path. unfinished: metrics of a step that is trained, but not evaluated and logged, or None.
     """
 
+    set_constants = staticmethod(resuming.set_constants)  # of a run to resume, for configs.apply_overrides
+
     def __init__(self, trainer: Trainer):
         if trainer.run is not None:
             raise InputError("this trainer has trained already; make a new one, with RESUME set to go on with its run")

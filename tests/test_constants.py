@@ -16,6 +16,7 @@ import dapo
 import grpo
 import gspo
 from bookkeeping.folder import sha256_of_rewards
+from bookkeeping.run import Run
 
 
 def run_main(capsys, *argv):
@@ -283,7 +284,7 @@ def test_constants_of_resuming_edited_to_nonsense_are_named(capsys, name, value)
 def test_the_latest_run_is_found_beside_links_that_lead_nowhere(runs):
     for folder in runs.iterdir():
         (folder / "link").symlink_to("nowhere")
-    configs.apply_overrides(vars(gspo), ["--resume", "latest", "--output-dir", str(runs)])
+    configs.apply_overrides(vars(gspo), ["--resume", "latest", "--output-dir", str(runs)], Run.set_constants)
     assert gspo.RESUME.startswith(str(runs / "gspo-"))
 
 
@@ -294,13 +295,13 @@ def test_the_latest_run_is_the_one_that_logged_last_whatever_was_drawn_since(run
             os.utime(runs / name / log, (logged, logged))
     (runs / "gspo-2" / "metrics.png").touch()
     os.utime(runs / "gspo-2" / "metrics.png", (3e9, 3e9))
-    configs.apply_overrides(vars(gspo), ["--resume", "latest", "--output-dir", str(runs)])
+    configs.apply_overrides(vars(gspo), ["--resume", "latest", "--output-dir", str(runs)], Run.set_constants)
     assert str(runs / "gspo-1") == gspo.RESUME
 
 
 def test_a_run_may_move_where_its_content_is_known(capsys, runs):
     moved = ["--resume", runs / "gspo-1", "--prompts", "elsewhere.jsonl", "--policy-model", "elsewhere"]
-    configs.apply_overrides(vars(gspo), [str(word) for word in moved])
+    configs.apply_overrides(vars(gspo), [str(word) for word in moved], Run.set_constants)
     assert (gspo.PROMPTS, gspo.POLICY_MODEL) == ("elsewhere.jsonl", "elsewhere")
     config = json.loads((runs / "gspo-1" / "config.json").read_text())
     (runs / "gspo-1" / "config.json").write_text(json.dumps({"constants": config["constants"]}))
@@ -312,12 +313,12 @@ def test_code_that_changed_since_a_run_began_is_named(capsys, runs, monkeypatch)
     config = json.loads((runs / "gspo-1" / "config.json").read_text())
     config["rewards_sha256"] = sha256_of_rewards()
     (runs / "gspo-1" / "config.json").write_text(json.dumps(config))
-    configs.apply_overrides(vars(gspo), resume)
+    configs.apply_overrides(vars(gspo), resume, Run.set_constants)
     assert "Warning" not in capsys.readouterr().out
     (runs / "gspo-1" / "config.json").write_text(json.dumps(config | {"rewards_sha256": "0" * 64}))
     with open(runs / "gspo-1" / "gspo.py", "a") as file:
         file.write("# another line\n")
-    configs.apply_overrides(vars(gspo), resume)
+    configs.apply_overrides(vars(gspo), resume, Run.set_constants)
     of_script, of_rewards = capsys.readouterr().out.splitlines()
     assert "gspo.py is not the code that the run began with" in of_script
     assert "rewards.py is not as it was when the run began" in of_rewards

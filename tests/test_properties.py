@@ -17,6 +17,7 @@ import configs
 import dapo
 import grpo
 import gspo
+from bookkeeping.run import Run
 from engine import packing
 from scoring import rule_processes, rules
 
@@ -338,7 +339,7 @@ def test_a_command_line_is_taken_or_is_an_input_error(script, data):
     argv = data.draw(st.lists(words(script), max_size=4))
     before = configs.constant_values(vars(script))
     try:
-        configs.apply_overrides(vars(script), argv)
+        configs.apply_overrides(vars(script), argv, Run.set_constants)
         configs.snapshot(vars(script))  # what was taken keeps the rules
     except configs.InputError as error:
         assert str(error).strip()

@@ -29,6 +29,7 @@ import gspo
 from bookkeeping import checkpoints, progress, saving
 from bookkeeping import folder as run_folders
 from bookkeeping import run as runs
+from bookkeeping.run import Run
 from engine import sampling
 
 FOUR_STEPS = {"MAX_STEPS": 4, "SAVE_EVERY": 2, "EVAL_EVERY": 3, "TENSORBOARD": False}
@@ -498,15 +499,15 @@ def test_constants_of_any_type_are_saved_and_those_of_several_lines_compared_who
     folder.mkdir(parents=True)
     shutil.copy(tmp_path / "mine.py", folder)
     (folder / "config.json").write_text(json.dumps({"constants": saved}))
-    configs.apply_overrides(namespace, ["--resume", str(folder)])
+    configs.apply_overrides(namespace, ["--resume", str(folder)], Run.set_constants)
     assert namespace["HOME"] == Path("/data") and namespace["TYPE"] is torch.bfloat16
     (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace('"two"', '"three"'))
     namespace["LONG"] = "one three"
     with pytest.raises(configs.InputError, match="LONG = 'one two', not 'one three'"):
-        configs.apply_overrides(namespace, ["--resume", str(folder)])
+        configs.apply_overrides(namespace, ["--resume", str(folder)], Run.set_constants)
     namespace |= {"LONG": "one two", "HOME": Path("/other")}  # which no line of the file says
     with pytest.raises(configs.InputError, match="HOME = \"PosixPath\\('/data'\\)\", not \"PosixPath\\('/other'\\)\""):
-        configs.apply_overrides(namespace, ["--resume", str(folder)])
+        configs.apply_overrides(namespace, ["--resume", str(folder)], Run.set_constants)
 
 
 def test_sets_within_others_are_saved_in_one_order():
