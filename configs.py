@@ -172,7 +172,7 @@ class Constants:
         return {name: value for name, value in vars(self).items() if name.isupper()}
 
 
-def snapshot(namespace):
+def snapshot(namespace: dict) -> Constants:
     """The Constants of a script, checked. namespace: its globals(), which anything may change later.
 
     Raises InputError for the first constant that breaks its rule, and if the script was started as several processes.

@@ -19,13 +19,13 @@ from scoring.answers import is_right, marked_answers
 SECONDS = 1.0  # per completion and rule; raise it for a rule that needs longer, such as one that asks a judge
 
 
-def exact_match(prompt, completion, row):
+def exact_match(prompt: str, completion: str, row: dict) -> float:
     """1.0 if the text after the last `#` is the row's answer, else 0.0."""
     _, marker, answer = completion.rpartition("#")
     return float(bool(marker) and answer.strip() == str(row["answer"]).strip())
 
 
-def math_reward(prompt, completion, row):
+def math_reward(prompt: str, completion: str, row: dict) -> float:
     """1.0 if the completion's answer equals the row's, as mathematics or else in the same words, else 0.0.
 
     The answer is what the completion marks last: after `####` or `Answer:`, or in \\boxed{...}. The row's answer may be
@@ -34,16 +34,16 @@ def math_reward(prompt, completion, row):
     return float(is_right(str(row["answer"]), completion))
 
 
-def format_reward(prompt, completion, row):
+def format_reward(prompt: str, completion: str, row: dict) -> float:
     """1.0 if the completion marks an answer, by `####`, `Answer:` or \\boxed{...}, else 0.0."""
     return float(bool(find_answer(completion)))
 
 
-def length_reward(prompt, completion, row):
+def length_reward(prompt: str, completion: str, row: dict) -> float:
     """−1 per thousand characters: a pull towards short completions, to be weighed against the others."""
     return -len(completion) / 1000
 
 
-def find_answer(text):
+def find_answer(text: str) -> str:
     """The answer that a text marks last, for rules of your own; "" if it marks none."""
     return (marked_answers(text) or [""])[-1]

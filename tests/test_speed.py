@@ -203,6 +203,20 @@ def test_a_profile_holds_the_operations_of_some_steps_and_the_summary_names_the_
     assert str(path) in line and "aten::mm" in line and 8 == line.count("%")
 
 
+def test_importing_a_script_changes_nothing_outside():
+    program = """
+import os, logging, torch, transformers
+def outside():
+    flags = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_num_threads(), torch.is_grad_enabled()
+    return flags, transformers.logging.get_verbosity(), dict(os.environ)
+before = outside()
+import gspo, grpo, dapo
+print(before == outside())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=configs.HERE, capture_output=True, text=True)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
 @pytest.mark.parametrize("name", ["gspo.py", "grpo.py", "dapo.py"])
 def test_threads_are_told_not_to_spin_before_torch_starts_them(name):
     program = f"""
