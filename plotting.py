@@ -73,6 +73,7 @@ TITLES = {  # and the unit of the y axis
 LABELS = {
     "reward": "mean of the step",
     "accuracy": "right, of all completions sampled",
+    "clip_fraction": "either side",
     "dead_groups_drawn": "measured",
     "avg_response_length": "response length",
 }

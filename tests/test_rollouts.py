@@ -9,6 +9,7 @@ import gspo
 from engine import decoding, packing, sampling
 from engine.cache import GrowingCache, with_cache
 from engine.memory import FitToMemory
+from engine.rollouts import Rollouts
 from engine.sampling import Sampler
 
 EOS, OTHER_EOS, PAD, VOCABULARY = 1, 2, 0, 20
@@ -207,6 +208,22 @@ def test_each_prompt_is_prefilled_once_and_finished_rows_leave(model):
     assert shapes[1][0] == 32 and shapes[-1][0] < 16
     assert len(shapes) == rollouts.completion_lengths.max()
     assert sum(rows for (rows,) in shapes[1:]) < 1.4 * int(rollouts.completion_lengths.sum())
+
+
+def test_what_an_algorithm_adds_goes_through_select_join_and_to(model):
+    rollouts = sample(model)
+    rollouts.values, rollouts.notes = (
+        torch.arange(16.0)[:, None] * rollouts.completion_mask,
+        [f"row {i}" for i in range(16)],
+    )
+    rows = torch.tensor([5, 0, 11])
+    part = rollouts.select(rows)
+    assert part.notes == ["row 5", "row 0", "row 11"] and torch.equal(part.values, rollouts.values[rows])
+    assert part.advantages is None and part.texts == [rollouts.texts[i] for i in rows]
+    whole = Rollouts.join([part, rollouts.select(torch.tensor([2]))])
+    assert whole.notes == [*part.notes, "row 2"] and whole.values[3].sum() == 2 * rollouts.completion_lengths[2]
+    moved = part.to(torch.device("meta"))
+    assert moved.values.device.type == "meta" and moved.lengths.device.type == "meta" and moved.notes == part.notes
 
 
 def test_sampling_repeats_with_its_seed_and_differs_without(model):
