@@ -222,6 +222,13 @@ def test_a_rule_may_have_the_name_of_a_module_or_a_builtin(tmp_path, name):
     assert scorer([row() | {"answer": "7"}], ["#### 7"]) == [2.0 + {"math": 1, "format": 1, "length": -0.006}[name]]
 
 
+def test_the_file_of_rules_is_loaded_once(tmp_path):
+    """What loading it reserves is taken off a rule's memory once."""
+    own = "def twice(prompt, completion, row):\n    import sys\n    return float('rewards' in sys.modules)\n"
+    (tmp_path / "rules.py").write_text((configs.HERE / "rewards.py").read_text() + "\n\n" + own)
+    assert rules.Rewards({"twice": 1.0}, file=tmp_path / "rules.py")([row()] * 2, ["a", "b"]) == [0.0, 0.0]
+
+
 def test_a_rule_of_ones_own_may_replace_one_that_is_there(monkeypatch):
     def math(prompt, completion, row):
         return 0.5
