@@ -1,7 +1,7 @@
-"""The constants of a script: their command-line flags, presets, rules, and the choice of devices.
+"""The constants of a script: their command-line flags, presets and rules, and the choice of devices.
 
-A script's constants are the lines `NAME = value  # meaning` under its banner `# ---- Constants`: the one source of the
-flags, their types and `--help`. Nothing here knows an algorithm.
+A script's constants are the lines `NAME = value # meaning` under its banner `# ---- Constants`. They are the one source
+of the flags, their types and `--help`. Nothing here knows an algorithm.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
-if sys.version_info < (3, 11):  # noqa: UP036, because transformers 5.23 and later need it
+if sys.version_info < (3, 11):  # noqa: UP036, because transformers 5.23 and later need 3.11
     sys.exit(
         f"Python {sys.version.split()[0]} is too old: the scripts need 3.11 or later, as in make PYTHON=python3.11"
     )
@@ -27,8 +27,8 @@ if sys.version_info < (3, 11):  # noqa: UP036, because transformers 5.23 and lat
 HERE = Path(__file__).resolve().parent
 DEVICES = ("POLICY_DEVICE", "REF_DEVICE", "REWARD_DEVICE")
 
-# Named sets of constants. A preset changes only what it lists here, and in the script's own `presets`, which win. Flags
-# that are given beside it win over both.
+# Named sets of constants. A preset changes only the constants that it lists here or in the script's own `presets`. The
+# script's values win over the ones here, and flags win over both.
 _GSM8K = {
     "POLICY_MODEL": "Qwen/Qwen3-0.6B",
     "PROMPTS": "openai/gsm8k",
@@ -70,12 +70,15 @@ PRESETS = {
 
 
 class InputError(Exception):
-    """What a person gave cannot be used. The message is one line: what, where, and what to do."""
+    """Something that a person gave cannot be used. The message is one line: the mistake, its place, and the remedy."""
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns an InputError into one line on stderr and exit code 2, and Ctrl-C where no run handles it into one, too."""
+    """Turns an InputError into one line on stderr and exit code 2.
+
+    It does the same, with code 130, to a Ctrl-C that comes before a run handles it.
+    """
     _open_streams()
     try:
         yield
@@ -88,23 +91,23 @@ def one_line_errors():
 
 
 def scripts():
-    """The paths of the scripts, gspo.py first: what has the banner of an algorithm."""
+    """Returns the paths of the scripts, gspo.py first. A script is a file with the banner of an algorithm."""
     found = [path for path in HERE.glob("*.py") if "\n# ---- Algorithm -" in path.read_text(encoding="utf-8")]
     return sorted(found, key=lambda path: (path.stem != "gspo", path.stem))
 
 
 def _open_streams():
-    """Opens standard streams that are closed, as a daemon may have them, on nothing.
+    """Opens standard streams that are closed, as a daemon may have them, on the null device.
 
-    Else the next file that is opened takes the place of one, and what a library prints lands in it. Letters that a
-    stream cannot show, as in a locale without UTF-8, are shown by their codes.
+    Without this, the next file to be opened would take the place of a closed stream, and what a library prints would
+    land in that file. Characters that a stream cannot show, as in a locale without UTF-8, are printed as escape codes.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not one that a notebook or a test has put there
+        if hasattr(stream, "reconfigure"):  # a notebook's or a test's own stream has none
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -120,9 +123,10 @@ class _Constant(NamedTuple):
 
 @functools.lru_cache(8)
 def constants_in(text):
-    """The constants in a script's text, {name: _Constant}, in the order of the file. One may take several lines.
+    """Returns the constants in a script's text, {name: _Constant}, in the order of the file.
 
-    Raises InputError if a constant is set in another way than NAME = value, for then its value could not be told.
+    A constant may take several lines. Raises InputError if one is set in another way than NAME = value, because its
+    value could not be read then.
     """
     lines, found = text.splitlines(), {}
     comments = (
@@ -156,7 +160,7 @@ def constants_in(text):
 class Constants:
     """The constants of a script as they were at one moment, read-only: constants.MAX_STEPS.
 
-    algorithm: the script's name without .py. path: the script. text: what it said at that moment.
+    algorithm: the script's name without .py. path: the script. text: the text of the script at that moment.
     """
 
     def __init__(self, values, path, text):
@@ -168,12 +172,12 @@ class Constants:
         )
 
     def values(self):
-        """{name: value}"""
+        """Returns {name: value}."""
         return {name: value for name, value in vars(self).items() if name.isupper()}
 
 
 def snapshot(namespace: dict) -> Constants:
-    """The Constants of a script, checked. namespace: its globals(), which anything may change later.
+    """Checks the constants of a script and returns them as they are now. namespace: the script's globals().
 
     Raises InputError for the first constant that breaks its rule, and if the script was started as several processes.
     """
@@ -190,13 +194,13 @@ def snapshot(namespace: dict) -> Constants:
         )
     path = Path(namespace["__file__"])
     text = path.read_text(encoding="utf-8")
-    values = {name: namespace[name] for name in constants_in(text) if name in namespace}  # some may be new there
+    values = {name: namespace[name] for name in constants_in(text) if name in namespace}  # the file may have new ones
     validate(values, namespace)
     return Constants(values | {"OUTPUT_DIR": expand_home("OUTPUT_DIR", values["OUTPUT_DIR"])}, path, text)
 
 
 def read_constants(namespace):
-    """The constants of a script, as {name: (value now, comment, group)}, in the order of the file.
+    """Returns the constants of a script as {name: (value now, comment, group)}, in the order of the file.
 
     namespace: the globals() of the script.
     """
@@ -205,12 +209,15 @@ def read_constants(namespace):
 
 
 def constant_values(namespace):
-    """{name: value} of a script's constants."""
+    """Returns {name: value} of a script's constants."""
     return {name: value for name, (value, _, _) in read_constants(namespace).items()}
 
 
 def as_saved(values):
-    """{name: value} as JSON holds it: what JSON does not have, such as a set, a path or a dtype, by its repr."""
+    """Returns {name: value} in a form that JSON can hold.
+
+    A value that JSON does not have, such as a set, a path or a dtype, becomes its repr.
+    """
 
     def plain(value):
         if isinstance(value, dict):
@@ -218,7 +225,7 @@ def as_saved(values):
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
         if isinstance(value, set | frozenset):
-            return repr(sorted(map(plain, value), key=repr))  # whose own order differs from process to process
+            return repr(sorted(map(plain, value), key=repr))  # a set's own order differs between processes
         if value is None or type(value) in (bool, int, str) or type(value) is float and math.isfinite(value):
             return value
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
@@ -228,7 +235,7 @@ def as_saved(values):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        """Raises argparse's complaint as an InputError, with the remedy that it lacks."""
+        """Raises argparse's complaint as an InputError, and adds the remedy."""
         if unknown := re.match(r"unrecognized arguments: (\S*)", message):
             message = self._unknown(unknown[1].split("=")[0])
         elif missing := re.match(r"argument (--\S+): expected one argument", message):
@@ -238,7 +245,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def _unknown(self, word):
-        if not word.startswith(("-", "–", "—")):  # web pages and word processors make long dashes of two short ones
+        if not word.startswith(("-", "–", "—")):  # word processors turn two dashes into a long one
             remedy = "write --flag value, a value with spaces in quotes, and a switch alone, as --name or --no-name"
             return f"{word!r} belongs to no flag; {remedy}"
         name = word.strip("-–—").lower().replace("_", "-")
@@ -252,7 +259,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Given(argparse.Namespace):
-    """What flags set. One that is given twice must say the same: which of two values is meant is not ours to guess."""
+    """The values that flags set. A flag that is given twice must have the same value both times.
+
+    If the values differ, nothing says which one is meant.
+    """
 
     def __setattr__(self, name, value):
         if (before := getattr(self, name, value)) != value:
@@ -275,7 +285,7 @@ def _number_of(kind):
 
 
 def _parser_of(namespace, constants):
-    """The parser of a script's flags."""
+    """Returns the parser of a script's flags."""
     parser = _Parser(
         usage="%(prog)s [--flag value ...]",
         description=namespace["__doc__"].strip().splitlines()[0],
@@ -285,7 +295,7 @@ def _parser_of(namespace, constants):
     groups = {}
     for name, (value, comment, group) in constants.items():
         kind = _rule(name, namespace)[0] or type(value)
-        if kind not in KINDS:  # a constant that someone added, such as a list, is no flag
+        if kind not in KINDS:  # a list, for example, that a user added gets no flag
             continue
         if group not in groups:
             groups[group] = parser.add_argument_group(group.partition(":")[0], group.partition(":")[2].strip() or None)
@@ -330,18 +340,20 @@ def apply_overrides(namespace, argv=None, resume=None):
 
 
 def expand_home(name, value):
-    """A folder's name with its ~ as the home that it stands for."""
+    """Returns a folder's name with ~ replaced by the home folder."""
     try:
         return str(Path(value).expanduser())
-    except RuntimeError as error:  # of an unknown user
+    except RuntimeError as error:  # ~name of an unknown user
         flag = "--" + name.lower().replace("_", "-")
         raise InputError(f"{name} = {value!r}: {error}; give {flag} the whole path") from None
 
 
 # ---- Rules
 
-LARGEST = 1e15  # of all numbers but SEED: what is larger is a slip, and would fail where nobody looks for it
-MOST_TOKENS = 2**31  # of the completions of a step or of an evaluation: 16 GB of random numbers to sample them
+# The largest value of any number except SEED. A larger one is a slip, and would fail far from its cause.
+LARGEST = 1e15
+# Completion tokens of a step or of an evaluation. To sample that many takes 16 GB of random numbers.
+MOST_TOKENS = 2**31
 KINDS = {int: "a whole number", float: "a number", str: "text in quotes", bool: "True or False"}
 
 
@@ -360,7 +372,8 @@ def _is_json_object(text):
         return False
 
 
-# name: (type, what must hold, the rule and its remedy in words). A name ending in EPOCHS is the algorithm's own.
+# name: (type, condition or allowed values, the rule and its remedy in words). A name that ends in EPOCHS belongs to an
+# algorithm.
 RULES = {
     "GROUP_SIZE": (int, lambda v: v >= 2, "at least 2, because a group of one has no relative advantage"),
     "BATCH_SIZE": (int, _positive, "at least 1 prompt per step"),
@@ -431,10 +444,10 @@ def _rule(name, namespace):
 
 
 def validate(values, namespace):
-    """Raises InputError, naming constant, value, rule and remedy, for the first constant that breaks its rule.
+    """Raises InputError for the first constant that breaks its rule. It names constant, value, rule and remedy.
 
-    values: {name: value}. namespace: of the script, whose `limits` are rules of its own constants. Its `conflicts`,
-    {name: (value, other name, other value, remedy)}, are pairs that do not go together.
+    values: {name: value}. namespace: the script's globals(). Its `limits` are rules of the script's own constants. Its
+    `conflicts`, {name: (value, other name, other value, remedy)}, are pairs of values that do not go together.
     """
     for name, value in values.items():
         kind, holds, text = _rule(name, namespace)
@@ -461,7 +474,10 @@ def validate(values, namespace):
 
 
 def check_size(values, *names, **others):
-    """Raises InputError where constants, or values in their place, ask for more tokens at once than a machine holds."""
+    """Raises InputError if constants ask for more tokens at once than a machine holds.
+
+    names: the constants to multiply. others: values to use in place of those constants.
+    """
     values = {name: others.get(name, values[name]) for name in names}
     if math.prod(values.values()) > MOST_TOKENS:
         asked = " x ".join(f"{name} = {value}" for name, value in values.items())
@@ -470,7 +486,7 @@ def check_size(values, *names, **others):
 
 
 def warn_about_constants(constants):
-    """Says so if constants ask for something that cannot work."""
+    """Prints a warning if constants ask for something that cannot work."""
     epochs = next(value for name, value in constants.values().items() if name.endswith("_EPOCHS"))
     if epochs * constants.MINI_BATCHES == 1:
         print("Warning: one update per rollout, so the ratio is always 1 and the clip is dead; raise MINI_BATCHES")
@@ -483,7 +499,7 @@ def warn_about_constants(constants):
 
 def check_device(name, value):
     """Raises InputError unless this machine has that device."""
-    import torch  # here, for the processes that run rewards need nothing of it
+    import torch  # imported here, because the processes that run rewards do not need it
 
     try:
         device = torch.device(value)
@@ -497,7 +513,7 @@ def check_device(name, value):
 
 
 def choose_devices(policy, ref, reward):
-    """The three torch.devices, and one printed line where the shipped two-GPU defaults meet a smaller machine.
+    """Returns the three torch.devices, and prints a line if the shipped defaults do not fit this machine.
 
     `cuda:0` and `cuda:1`, the shipped defaults, fall back to one GPU or to the CPU. Any other device must exist.
     """
@@ -518,13 +534,16 @@ def choose_devices(policy, ref, reward):
 
 
 def find_path(value, name):
-    """A local file or folder: as given, else beside the scripts. Raises InputError if there is none."""
+    """Returns the path of a local file or folder: as given, or else beside the scripts.
+
+    Raises InputError if there is none.
+    """
     why = ""
     try:
         for path in (Path(value).expanduser(), HERE / value):
             if value and path.exists():
                 return path
-    except (OSError, RuntimeError) as error:  # too long for a name, in a folder that is not ours, ~ of an unknown user
+    except (OSError, RuntimeError) as error:  # name too long, no permission, or ~ of an unknown user
         why = f" ({getattr(error, 'strerror', None) or error})"
     owner, _, rest = value.partition("/")
     if not why and rest and "/" not in rest and any((place / owner).is_dir() for place in (Path(), HERE)):
@@ -538,14 +557,20 @@ DATA_FILES = (".jsonl", ".json", ".parquet")
 
 
 def is_hub_id(value):
-    """Whether a name is `owner/name` of the Hub rather than a path: neither it nor its owner is there as a file."""
+    """Returns whether a name means `owner/name` on the Hub, and not a path.
+
+    It means a path if a file or folder has that name, or if a folder has the owner's name.
+    """
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", value, re.ASCII) or value.endswith(DATA_FILES):
         return False
     return not any((place / part).exists() for place in (Path(), HERE) for part in (value, value.split("/")[0]))
 
 
 def find_model(value, name):
-    """A local folder, or the id of a model on the Hub (`owner/name`). Raises InputError if it can be neither."""
+    """Returns the path of a local folder, or the id of a model on the Hub (`owner/name`).
+
+    Raises InputError if the name can be neither.
+    """
     if is_hub_id(value):
         return value
     path = find_path(value, name)

@@ -26,9 +26,10 @@ PANELS = "policy_loss entropy_loss kl_loss reward relative_advantage kl_divergen
 def plot_metrics(rows, panels=PANELS, *, constants=None, evaluations=None, title=None, path=None):
     """Draws a run as 4x2 panels, one per metric, and returns the matplotlib Figure.
 
-    rows: its training steps, as metrics.jsonl has them; None in place of a number that was not computed. panels: the
-    names of eight metrics. constants: of the run, {name: value}, for what is drawn beside a line. evaluations: [(step,
-    sampled, greedy)], held-out accuracies. title: above all. path: the picture is saved there, if it is given.
+    rows: the run's training steps as in metrics.jsonl, with None for a number that was not computed. panels: the names
+    of eight metrics. constants: the run's constants, {name: value}; some panels draw one as a line. evaluations:
+    [(step, sampled, greedy)], held-out accuracies. title: stands above all panels. path: the picture is saved there, if
+    given.
     """
     steps, panels = [row["step"] for row in rows], panels.split()
     figure, axes = _panels(title, panels)
@@ -51,9 +52,9 @@ def plot_metrics(rows, panels=PANELS, *, constants=None, evaluations=None, title
     return _save(figure, path)
 
 
-# ---- How a metric is drawn: any that is logged, by its name, unless something is said of it here
+# ---- How a metric is drawn. Any logged metric can be a panel; the tables below hold special cases.
 
-TITLES = {  # and the unit of the y axis
+TITLES = {  # metric: (title of the panel, unit of the y axis)
     "policy_loss": ("Policy loss", "loss"),
     "entropy_loss": ("Entropy loss", "loss"),
     "kl_loss": ("KL loss", "loss"),
@@ -117,7 +118,7 @@ def _as_share(axis, *_):
 
 
 def _beside_length(axis, rows, _, __):
-    """The share of truncated completions, on an axis of its own at the right."""
+    """Draws the share of truncated completions on a second axis at the right, and returns its lines."""
     beside = axis.twinx()
     _line(beside, [row["step"] for row in rows], _column(rows, "truncated"), VERMILION, "truncated")
     beside.set_ylim(-0.05, 1.05)
@@ -141,7 +142,10 @@ BESIDE = {
 
 
 def compare_runs(folders, path=None):
-    """Overlays several runs in the panels of the first, with a legend; the reward's adds held-out accuracy as dots."""
+    """Overlays several runs in the panels of the first one, and returns the Figure. It has a legend.
+
+    In the panel of the reward, dots show held-out accuracy.
+    """
     panels = constants_of(folders[0]).get("PANELS", PANELS).split()
     figure, axes = _panels("Comparison", panels)
     for number, folder in enumerate(folders):
@@ -159,7 +163,7 @@ def compare_runs(folders, path=None):
 
 
 def draw_run(folder):
-    """Redraws a run's metrics.png from its metrics.jsonl; returns the picture's path."""
+    """Redraws a run's metrics.png from its metrics.jsonl, and returns the picture's path."""
     steps, evaluations = load_metrics(folder)
     constants, folder = constants_of(folder), Path(folder)
     of_run = {"constants": constants, "evaluations": evaluations, "title": folder.resolve().name}
@@ -168,15 +172,15 @@ def draw_run(folder):
 
 
 def constants_of(folder):
-    """A run's constants, from its config.json; {} if there is none."""
+    """Returns a run's constants from its config.json, or {} if there is none."""
     path = Path(folder) / "config.json"
     return json.loads(path.read_text(encoding="utf-8"))["constants"] if path.is_file() else {}
 
 
 def load_metrics(folder):
-    """A run's metrics.jsonl: its training steps, and its evaluations as (step, sampled, greedy).
+    """Returns the training steps in a run's metrics.jsonl, and its evaluations as (step, sampled, greedy).
 
-    Raises InputError, with the line's number, where it cannot be read.
+    Raises InputError with the line's number if a line cannot be read.
     """
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
@@ -211,7 +215,7 @@ def _panels(title, panels):
 
 
 def _column(rows, name):
-    """A metric of all steps; NaN, which is not drawn, if it was not computed."""
+    """Returns a metric of all steps. A value that was not computed is NaN, which is not drawn."""
     return [float("nan") if row.get(name) is None else row[name] for row in rows]
 
 
@@ -227,8 +231,8 @@ def _evaluations(axis, evaluations):
 
 
 def _log_if_spiky(axis, key, values):
-    """A log scale for a KL panel where one rare token makes a spike that would flatten the rest."""
-    values = [value for value in values if value == value]  # without NaN, of runs that have no KL
+    """Sets a log scale for a KL panel if one rare token makes a spike that would flatten the rest."""
+    values = [value for value in values if value == value]  # leaves out NaN: some runs have no KL
     if key.startswith("kl") and values and min(values) > 0 and max(values) > 20 * median(values):
         axis.set_yscale("log")
 

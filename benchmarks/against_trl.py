@@ -5,23 +5,25 @@
     python benchmarks/against_trl.py qwen3                   on a GPU: Qwen3-0.6B's shape, full vocabulary, bfloat16
     python benchmarks/against_trl.py embedded --rounds 1 --steps 5 --flags "--group-size 16"
 
-Equal are: initial weights, prompts and their order, group size, sampling (the whole distribution), number of
+These are equal: initial weights, prompts and their order, group size, sampling (the whole distribution), numbers of
 completions and of optimizer steps, rewards, loss, clip, k3 to a reference model, learning rate at each step, AdamW,
-norm clipping, and precision. Each round has its own seed; each system runs in a process of its own, which does not
-count its first step.
+norm clipping, and precision. Each round has its own seed. Each system runs in its own process, which does not count its
+first step.
 
-Where a choice is free it is meant to be the best one for TRL: a mini-batch is one micro-batch (--trl-micro-batch makes
-it several, for less memory), no checkpointing but where grpo.py does it too, its default fused AdamW, the reward rule
-called in its own process (grpo.py runs it in others, whose memory is not counted), no logging, saving, or loader
-workers. grpo.py runs with its constants as shipped, and writes no samples or events either. Both have one GPU at most.
-vLLM is not used.
+Every free choice is meant to be the best one for TRL. A mini-batch is one micro-batch; --trl-micro-batch makes it
+several, for less memory. There is no checkpointing unless grpo.py does it too. AdamW is TRL's default, the fused one.
+The reward rule is called in TRL's own process; grpo.py runs it in others, whose memory is not counted. Nothing is
+logged or saved, and there are no loader workers. grpo.py runs with its constants as shipped, but writes no samples or
+events either. Each system has one GPU at most. vLLM is not used.
 
-TRL's rollout is its `_generate`; scoring is the rest of `_generate_and_score_completions`: rewards, log-probs under the
-reference and under the policy that sampled; the update is all that is left of the step. Peak memory is the kernel's
-VmHWM of the process, libraries included (ru_maxrss would inherit the parent's); on a GPU, what torch had allocated.
-Held-out accuracy is grpo.py's evaluate() for both. workloads.py says how operations are counted; utilisation is
-against the float32 (GPU: bfloat16) matrix products of the same minutes: the best of some after each step, their median.
-Needs requirements-bench.txt.
+TRL's rollout is its `_generate`. Its scoring is the rest of `_generate_and_score_completions`: rewards, and log-probs
+under the reference and under the policy that sampled. Its update is the rest of the step. On the CPU, peak memory is
+the kernel's VmHWM of the process, libraries included, because ru_maxrss would inherit the parent's. On a GPU, it is the
+memory that torch had allocated. Held-out accuracy is grpo.py's evaluate() for both.
+
+workloads.py says how operations are counted. Utilisation compares them with float32 matrix products (on a GPU:
+bfloat16) of the same minutes. After each step a few products run, and the best counts; the median over the steps is
+taken. Needs requirements-bench.txt.
 """
 
 import argparse
@@ -35,7 +37,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch; for every system alike
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the scripts set it, too, before they import torch
 
 import torch
 import transformers
@@ -45,12 +47,12 @@ from scoring import rules
 
 NAMES = {"ours": "grpo.py", "trl": "TRL's GRPOTrainer"}
 PHASES = ("rollout", "scoring", "update")
-ONE_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}  # for either
-CURVE = 6  # points of the learning curve, each the mean of as many steps
+ONE_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}  # for both systems
+CURVE = 6  # points of the learning curve; each is the mean of equally many steps
 
 
 class Padding:
-    """Counts the token places that go through the layers with gradients on, which is in the update alone."""
+    """Counts the token places that go through the layers with gradients on, which happens only in the update."""
 
     def __init__(self, model):
         self.places = 0
@@ -62,7 +64,7 @@ class Padding:
 
 
 def start_memory():
-    """Memory before the first step, of peak_memory()'s kind."""
+    """Returns the memory before the first step, measured as peak_memory() does."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     return peak_memory()
@@ -112,7 +114,10 @@ def run_ours(workload, steps):
 
 
 def timed_trainer(rows, steps, places):
-    """TRL's trainer, which notes in rows what each step took. places(): the tokens that went through the model."""
+    """Returns a class of TRL's trainer that adds to rows how long each part of a step took.
+
+    places: a function that returns the number of token places that went through the model.
+    """
     import trl
 
     class Timed(trl.GRPOTrainer):
@@ -133,7 +138,7 @@ def timed_trainer(rows, steps, places):
             rows[-1]["pairs"] = [(len(p), len(c)) for p, c in zip(outputs[0], outputs[1], strict=True)]
             return outputs
 
-        def create_scheduler(self, num_training_steps, optimizer=None):  # grpo.py's rate, constant within a step
+        def create_scheduler(self, num_training_steps, optimizer=None):  # grpo.py's rate
             def factor(update):
                 step = min(update // grpo.MINI_BATCHES + 1, steps)
                 return grpo.learning_rate_at(step, grpo) / grpo.LEARNING_RATE
@@ -145,7 +150,7 @@ def timed_trainer(rows, steps, places):
 
 
 def trl_arguments(steps, folder, micro_batch, continuous_batching):
-    """What makes TRL do the work of grpo.py's constants."""
+    """Returns the configuration with which TRL does the work of grpo.py's constants."""
     import trl
 
     gpu, mini_batch = torch.cuda.is_available(), grpo.BATCH_SIZE * grpo.GROUP_SIZE // grpo.MINI_BATCHES
@@ -231,7 +236,7 @@ def batches(prompts):
 
 
 def child(system, workload, folder, steps, *of_trl):
-    """One system, some steps; prints what it measured."""
+    """Runs one system for some steps, and prints its measurements."""
     if system == "trl":
         prompts = json.loads((Path(folder) / "steps.json").read_text())
         model, rows, memory, found = run_trl(workload, steps, prompts, folder, *of_trl)
@@ -248,13 +253,14 @@ def child(system, workload, folder, steps, *of_trl):
     result = {name: statistics.median(row[name] for row in counted) for name in ("seconds", *PHASES)}
     result |= {"tokens_per_second": sum(lengths) / total["seconds"], "curve": [statistics.mean(one) for one in curve]}
     result |= {"length": statistics.mean(lengths) / grpo.MAX_COMPLETION_TOKENS, "accuracy": found, "flops": rates}
-    tokens = sum(p + t - (system == "ours") for row in counted for p, t in row["pairs"])  # grpo.py leaves out the last
+    # grpo.py does not pass the last token through the model.
+    tokens = sum(p + t - (system == "ours") for row in counted for p, t in row["pairs"])
     result |= {"peak": peak, "padding": 1 - tokens / total["places"]}
     print(json.dumps(result | {"start_memory": memory[0], "peak_memory": memory[1]}))
 
 
 def spread(values, digits=2):
-    """The median, and the range where there is one."""
+    """Returns the median as text, and the range if there are several values."""
     text = f"{statistics.median(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 

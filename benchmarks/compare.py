@@ -4,10 +4,10 @@
     python benchmarks/compare.py --seeds 0 1 --flags "--rewards exact_match"
     python benchmarks/compare.py --runs FOLDER            keep the runs there, and do not repeat those already there
 
-Prints accuracy after N completions, mean and standard deviation over the seeds, interpolated between evaluations; which
-differences exceed the spread over the seeds, so far that the two ranges do not overlap; and how many seeds end at 0.90
-or above, sampled and greedy. Draws docs/comparison.png: mean and range over the seeds, against completions and against
-the seconds of the training steps, evaluation left out.
+It prints accuracy after N completions: mean and standard deviation over the seeds, interpolated between evaluations. It
+prints which differences exceed the spread over the seeds, so that the two ranges do not overlap. It prints how many
+seeds end at 0.90 or above, sampled and greedy. It draws docs/comparison.png: mean and range over the seeds, against
+completions and against the seconds of the training steps, without evaluation.
 """
 
 import argparse
@@ -33,7 +33,7 @@ EVERY = 5  # steps between evaluations
 
 
 class Curve:
-    """Accuracy of one run against the completions sampled, and the seconds of its training steps, so far."""
+    """The accuracy of one run, with the completions sampled and the seconds of training steps so far."""
 
     def __init__(self, rows):
         completions = np.cumsum([row.get("sampled_completions", 0) for row in rows])
@@ -43,12 +43,15 @@ class Curve:
         self.accuracy = {kind: np.array([rows[i][kind] for i in at]) for kind in KINDS}
 
     def after(self, kind, completions):
-        """Accuracy after that many completions, NaN where the run ended before."""
+        """Returns the accuracy after that many completions, or NaN if the run ended before."""
         return float(np.interp(completions, self.completions, self.accuracy[kind], right=float("nan")))
 
 
 def chance(first, second):
-    """How often a random split of the values gives means at least as far apart: the exact permutation test's p."""
+    """Returns the p of an exact permutation test.
+
+    This is how often a random split of the values gives means at least as far apart.
+    """
     values, difference = first + second, abs(statistics.mean(first) - statistics.mean(second))
     splits = list(itertools.combinations(range(len(values)), len(first)))
     apart = 0
@@ -133,7 +136,7 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         kept = arguments.runs or Path(temporary)
         for seed in arguments.seeds:
-            for script in arguments.scripts:  # in turn, so that a busy moment of the machine meets them all
+            for script in arguments.scripts:  # in turn, so that a busy moment hits all of them
                 path = kept / f"{Path(script).stem}-{seed}.json"
                 if not path.is_file():
                     with tempfile.TemporaryDirectory() as outputs:

@@ -1,11 +1,11 @@
-"""Kills real runs at random moments, resumes them, and compares what comes out with an uninterrupted run.
+"""Kills real runs at random moments, resumes them, and compares the results with an uninterrupted run.
 
     python benchmarks/crash.py --kills 50
 
-Each run is the smoke preset of a script with a checkpoint after every step; it is killed by SIGKILL at a random moment,
-resumed with --resume, perhaps killed again, until it ends; then the next one begins. Prints a table: kills, the steps
-that were done at each (-1: the evaluation before the first was not), and how many of the runs ended with the metrics
-(times aside), samples and final weights of the uninterrupted one.
+Each run is the smoke preset of a script, with a checkpoint after every step. SIGKILL ends it at a random moment, and
+--resume continues it, until it ends by itself. Then the next run begins. It prints a table: the number of kills, the
+steps that were done at each (-1: the evaluation before the first was not), and how many of the runs ended like the
+uninterrupted one, with the same metrics (except times), samples and final weights.
 """
 
 import argparse
@@ -23,14 +23,14 @@ FLAGS = "--preset smoke --max-steps 8 --save-every 1 --eval-every 3 --keep-check
 
 
 def start(script, folder):
-    """A process of the script that resumes the run in the folder, or begins one."""
+    """Starts a script that resumes the run in the folder, or begins one. Returns its process."""
     resume = ["--resume", "latest"] if list(folder.glob("*/config.json")) else []
     command = [sys.executable, str(ROOT / f"{script}.py"), *FLAGS, "--output-dir", str(folder), *resume]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def left_by(folder):
-    """What must not differ: metrics without times, samples, and the final weights, byte for byte."""
+    """Returns everything that must not differ: metrics without times, samples, and the bytes of the final weights."""
     (run,) = (path.parent for path in folder.glob("*/final"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timeless = [
@@ -45,13 +45,13 @@ def steps_done(folder):
 
 
 def measure(script, kills, folder, seed=0):
-    """Kills runs of a script until there are so many kills; each goes on until it has ended by itself.
+    """Kills runs of a script until there are enough kills. Each run continues until it has ended by itself.
 
-    Returns the steps that were done at each kill, and for each run that ended whether it is the uninterrupted one.
+    Returns the steps that were done at each kill, and for each finished run whether it equals the uninterrupted one.
     """
     moments, seconds, at, identical = random.Random(seed), None, [], []
     while len(at) < kills or len(identical) == 0 or (folder / str(len(identical))).exists():
-        run = folder / str(len(identical))  # the first is the uninterrupted one
+        run = folder / str(len(identical))  # the first one is uninterrupted
         process, began = start(script, run), time.perf_counter()
         patience = moments.uniform(0.3, 1) * seconds if identical and len(at) < kills else None
         try:
@@ -64,7 +64,7 @@ def measure(script, kills, folder, seed=0):
         if process.returncode:
             sys.exit(errors)
         identical.append(left_by(run) == left_by(folder / "0"))
-        seconds = time.perf_counter() - began if seconds is None else 0.8 * seconds  # it was faster than expected
+        seconds = time.perf_counter() - began if seconds is None else 0.8 * seconds  # the run ended before its kill
     return at, identical[1:]
 
 

@@ -3,8 +3,8 @@
     python benchmarks/memory.py                      on the CPU: a small body, the full vocabulary, resident memory
     python benchmarks/memory.py --qwen3              on a GPU: Qwen3-0.6B's shape with random weights, allocated memory
 
-Both systems take one step of GRPO, public interface, same model, 8 completions of 512 tokens (--qwen3: 8 of 1,024), one
-optimizer step, no KL term. Needs requirements-bench.txt. Prints a table.
+Both systems take one step of GRPO by their public interface. They have the same model, 8 completions of 512 tokens
+(--qwen3: 8 of 1,024), one optimizer step, and no KL term. It prints a table. Needs requirements-bench.txt.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def step_of_trl(folder, tokens, gpu):
 
 
 def child(system, folder, tokens, gpu):
-    """One step; prints peak memory in bytes."""
+    """Takes one step, and prints its peak memory in bytes."""
     tokens_trained = {"ours": step_of_ours, "trl": step_of_trl}[system](folder, tokens, gpu)
     print(json.dumps({"peak": peak_memory(), "tokens": tokens_trained}))
 

@@ -2,9 +2,9 @@
 
     python benchmarks/one_at_a_time.py
 
-Same policy, prompts, group size and updates; the two ways take turns in one run. One at a time means `generate()` for
-each response, and every response alone through the reward, reference and policy models, forward and backward.
-Prints medians over the rounds and the median of the ratios.
+Both ways have the same policy, prompts, group size and updates, and take turns in one run. "One at a time" means one
+call of `generate()` for each response. Then each response goes alone through the reward, reference and policy models,
+forward and backward. It prints medians over the rounds, and the median of the ratios.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""What each way of saving time is worth: the same work with it and without it, in turns, in one process.
+"""How much time each optimisation saves: the same work with it and without it, in turns, in one process.
 
     python benchmarks/parts.py                          embedded and longtail
     python benchmarks/parts.py longtail --rounds 9
 
-The work is an update, one optimizer step on a mini-batch, or the sampling of a step. Prints how many times as long it
-takes without: the median over the rounds, and the quartiles. Then the model-flop utilisation with all of them, useful
-operations (workloads.py) over those of the best of some matrix products right after each; and by a profile the share of
-its matrix products in the time of an update, and how fast they are. The first round warms up.
+The work is either an update, one optimizer step on a mini-batch, or the sampling of a step. It prints how many times as
+long the work takes without the optimisation: the median over the rounds, and the quartiles. Then it prints the
+model-flop utilisation with all of them: useful operations (workloads.py) over those of the best of some matrix products
+right afterwards. A profile gives the share of matrix products in the time of an update, and their speed. The first
+round warms up.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import tempfile
 import time
 from unittest import mock
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the scripts set it, too, before they import torch
 
 import torch
 from workloads import flops, grpo, parse_with_workloads, peak_flops, prepare, set_constants, synchronize
@@ -43,7 +44,10 @@ def not_fused(optimizer):
 
 
 def parts_of(trainer):
-    """(what is saved by, the work, a context that does without it) of each; sampling first, for an update moves it."""
+    """Returns (name, work, a context without it) for each optimisation.
+
+    Those of sampling come first, because an update changes how the policy samples.
+    """
     patch = mock.patch.object
     return [
         ("the sampler's own decode step", "rollout", lambda: patch(decoding, "FAMILY", ())),
@@ -61,11 +65,11 @@ def parts_of(trainer):
 
 
 def works_of(workload):
-    """A trainer, and two functions of a number that do some work and say on which (P, T) pairs."""
+    """Returns a trainer, and {work: function of a number that does it and returns its (P, T) pairs}."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
         set_constants(workload, folder, steps=1)
-        with contextlib.redirect_stdout(sys.stderr):  # not between the lines of the table
+        with contextlib.redirect_stdout(sys.stderr):  # keeps it out of the table
             trainer = grpo.GRPOTrainer()
     rollouts = trainer.generate_responses_with_group_sampling(1)
     rollouts.ref_logps, rollouts.old_logps = trainer.compute_ref_logps(rollouts), trainer.compute_old_logps(rollouts)
@@ -89,7 +93,7 @@ def works_of(workload):
 
 
 def measured(trainer, works, work, number):
-    """The seconds that a work takes, and its useful operations per second."""
+    """Returns the seconds that a work takes, and its useful operations per second."""
     synchronize()
     start = time.perf_counter()
     pairs = works[work](number)
@@ -99,8 +103,11 @@ def measured(trainer, works, work, number):
 
 
 def measure(trainer, works, rounds):
-    """(what, work, seconds with it, utilisation with it, times as long without it, per round) of each part."""
-    for what, work, without in parts_of(trainer):
+    """Yields (name, work, seconds with it, utilisation with it, times as long without it) for each optimisation.
+
+    The last three are lists with a value per round.
+    """
+    for part, work, without in parts_of(trainer):
         seconds, shares, ratios = [], [], []
         for number in range(rounds + 1):
             found = {}
@@ -111,13 +118,14 @@ def measure(trainer, works, rounds):
             seconds.append(taken)
             shares.append(speed / peak_flops(trainer.policy_device.type, seconds=0.2))
             ratios.append(found[without][0] / taken)
-        yield what, work, seconds[1:], shares[1:], ratios[1:]
+        yield part, work, seconds[1:], shares[1:], ratios[1:]
 
 
 def matrix_products(trainer, works, rounds):
-    """Of an update, medians: the share of its time that matrix products take, their speed, and that of the whole.
+    """Returns medians for an update: the share of matrix products in its time, their speed, and the speed of the whole.
 
-    Speeds are over the peak; the whole's is that of an update without a profile, beside each that has one.
+    Speeds are shares of the peak. The speed of the whole is that of an update without a profile, beside each profiled
+    one.
     """
     device, found = trainer.policy_device.type, []
     time_of = operator.attrgetter(f"self_{'cpu' if device == 'cpu' else 'device'}_time_total")  # microseconds
@@ -145,10 +153,10 @@ def main():
         print(f"\n{workload}, {arguments.rounds} rounds\n")
         print("| without | takes, times as long | quartiles | with it, s |\n|---|---|---|---|")
         utilisation = {}
-        for what, work, seconds, shares, ratios in measure(trainer, works, arguments.rounds):
+        for part, work, seconds, shares, ratios in measure(trainer, works, arguments.rounds):
             low, middle, high = statistics.quantiles(ratios, method="inclusive")
             with_it = statistics.median(seconds)
-            print(f"| {what} | {work} {middle:.2f} | {low:.2f} to {high:.2f} | {with_it:.3f} |", flush=True)
+            print(f"| {part} | {work} {middle:.2f} | {low:.2f} to {high:.2f} | {with_it:.3f} |", flush=True)
             utilisation[work] = utilisation.get(work, []) + shares
         for work, shares in utilisation.items():
             low, middle, high = statistics.quantiles(shares, method="inclusive")

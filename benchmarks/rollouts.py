@@ -3,11 +3,13 @@
     python benchmarks/rollouts.py                          embedded and longtail
     python benchmarks/rollouts.py longtail --rounds 3
 
-The same policy, prompts and group size, the whole distribution, with a key/value cache. The batch of generate() holds
-each prompt GROUP_SIZE times, padded on the left, as TRL's trainer calls it. One by one takes ONE_BY_ONE completions of
-each round's prompts, one of each first, and is compared by completion tokens per second. The first round warms up.
-Utilisation is of the matrix products' peak, and roofline the least seconds in which memory could be read over those
-that it took, for useful tokens alone; workloads.py says how both are counted.
+All ways have the same policy, prompts and group size, sample from the whole distribution, and use a key/value cache.
+The batch of generate() holds each prompt GROUP_SIZE times, padded on the left, as TRL's trainer calls it. "One by one"
+samples ONE_BY_ONE completions of each round's prompts, one of each first. It is compared by completion tokens per
+second. The first round warms up.
+
+Utilisation compares the useful operations with the peak of matrix products. Roofline is the least time in which memory
+could be read for useful tokens, over the time that was taken. workloads.py says how both are counted.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import statistics
 import tempfile
 import time
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch; for every system alike
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the scripts set it, too, before they import torch
 
 import torch
 from workloads import (
@@ -42,7 +44,7 @@ def ours(trainer, rows, step):
 
 @torch.no_grad()
 def generate(trainer, rows, step):
-    """One call of generate() for rows, one completion each: (P, T) of each."""
+    """Samples one completion for each of the rows in one call of generate(). Returns the (P, T) of each."""
     torch.manual_seed(step)
     ids = [row["prompt_ids"] for row in rows]
     batch = trainer.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(
@@ -79,7 +81,7 @@ WAYS = {"grpo.py": ours, "generate(), in a batch": in_a_batch, "generate(), one 
 
 
 def measure(workload, rounds):
-    """Seconds and (P, T) pairs per way and round, and the policy that sampled."""
+    """Returns seconds and (P, T) pairs per way and round, and the trainer."""
     found = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)

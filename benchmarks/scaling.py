@@ -3,11 +3,11 @@
     python benchmarks/scaling.py                 on two cores a few minutes; draws docs/scaling.png, prints a table
     python benchmarks/scaling.py --seconds 10    more steps for each point
 
-Random models made on the spot (4 layers, vocabulary of 2,048) whose end never comes, so that all completions have the
-same length. One constant varies at a time, the others stay as BASE says. All points are measured in two sweeps, up and
-down, each with a first step that warms up; a point is its fastest step, for a busy machine can only add to it. The
-exponent is the slope of a straight line through a plot's points, all on log scales: 1 is time in proportion. The last
-one is that between the two largest points, where fixed costs count least.
+The models are random and made on the spot (4 layers, vocabulary of 2,048). Their end never comes, so all completions
+have the same length. One constant varies at a time, and the others stay as in BASE. All points are measured in two
+sweeps, up and down, each with a first step that warms up. A point is its fastest step, because a busy machine can only
+make a step slower. The exponent is the slope of a straight line through a plot's points on log scales. An exponent of 1
+means time in proportion. The last exponent is that between the two largest points, at which fixed costs count least.
 """
 
 import argparse
@@ -28,7 +28,7 @@ AXES = {
     "BATCH_SIZE": ("batch size, prompts per step", (1, 2, 4, 8, 16)),
     "width": ("model size, weights of matrices", (64, 128, 256, 512)),
 }
-MOST_STEPS = 8  # per point, the first included
+MOST_STEPS = 8  # per point, with the first one
 PHASES = ("rollout", "reward", "logps", "update")
 
 
@@ -46,7 +46,7 @@ def sizes(width):
 
 
 def measure(folder, point, seconds):
-    """Seconds of the fastest step, those of its phases, and the number of weights that multiply."""
+    """Returns the seconds of the fastest step and of its phases, and the number of weights in matrices."""
     made = Path(folder) / str(point["width"])
     if not made.is_dir():
         make_model(made, sizes(point["width"]), 0, 1)

@@ -3,9 +3,9 @@
     python benchmarks/seeds.py                        gspo.py, seeds 0 to 9
     python benchmarks/seeds.py --seeds 0 1 --flags "--group-size 4"
 
-Prints a row per seed: wall seconds from start to picture, held-out accuracy before and after, seconds per training step
-and completion tokens per second (medians over the steps). Then how many seeds reach what docs/gspo.md promises: at most
-0.45 before and at least 0.90 after, sampled and greedy.
+It prints a row per seed: wall seconds from start to picture, held-out accuracy before and after, and the medians of
+seconds per training step and of completion tokens per second. Then it prints how many seeds reach the promise of
+docs/gspo.md: at most 0.45 before and at least 0.90 after, sampled and greedy.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(script, seed, flags, outputs):
-    """The metrics of one run, and its wall seconds."""
+    """Returns the metrics of one run, and its wall seconds."""
     command = [sys.executable, str(ROOT / script), "--seed", str(seed), "--output-dir", str(outputs), *flags]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,21 +1,23 @@
-"""What the benchmarks of speed and memory have in common: workloads, models made on the spot, and counting.
+"""The shared parts of the benchmarks of speed and memory: workloads, models made on the spot, and counting.
 
 A workload is a set of constants of grpo.py. `embedded` is the shipped task, rewarded by its rule. `longtail` and
-`qwen3` train random models whose completions end by chance, so that their lengths are geometric and a few are long.
+`qwen3` train random models whose completions end by chance, so their lengths are geometric, and a few are long.
 
-Floating point operations of useful tokens alone, no padding, with N the weights of the layers' matrices, V x H those of
-the head, and a sequence of P prompt and T completion tokens, the last of which predicts nothing:
+Floating point operations are counted for useful tokens only, without padding. N is the number of weights in the layers'
+matrices, and V x H that of the head. A sequence has P prompt and T completion tokens, and its last one predicts
+nothing.
 
     pass(P, T) = 2 N (P + T − 1) + 2 V H T + 2 A (P + T − 1)²       A = layers x heads x head dimension; causal
     rollouts   = Σ 2 N (T − 1) + 2 V H T + 2 A ((P + T − 1)² − P²)  and each prompt once, 2 N P + 2 A P²
     update     = 3 Σ pass                                           forward and backward
     step       = rollouts + update + Σ pass                         log-probs under the reference
 
-The policy's own log-probs before the update need no work, for sampling has computed them. Norms, embeddings, softmax,
-the optimizer, and what is computed again by checkpointing, are left out.
+The policy's own log-probs before the update need no work, because sampling has computed them. Norms, embeddings,
+softmax, the optimizer, and whatever checkpointing computes again are not counted.
 
-Bytes that sampling must read, for the roofline of memory: the weights of layers and head once for each token of the
-longest completion, and before each token of a completion but its first the keys and values so far:
+For the roofline of memory, these bytes are counted. Sampling must read the weights of layers and head once for each
+token of the longest completion. Before each token of a completion except its first, it must read all earlier keys and
+values.
 
     decoding = max T · weights + Σ (key and value) · ((T − 1) P + T (T − 1) / 2)
 """
@@ -27,7 +29,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch; for every system alike
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the scripts set it, too, before they import torch
 
 import torch
 import transformers
@@ -43,7 +45,7 @@ SAME = {  # for both systems, in all workloads
     "LOSS_AGGREGATION": "sequence_mean",
     "MINI_BATCHES": 4,
     "FROZEN_DTYPE": "float32",
-    "SAMPLE_GROUPS": 0,  # samples.jsonl is no part of a step; TRL writes none
+    "SAMPLE_GROUPS": 0,  # writes no samples.jsonl, because TRL has none
     "TENSORBOARD": False,
 }
 WORKLOADS = {
@@ -63,7 +65,7 @@ WORKLOADS = {
             "vocab_size": 32_768,
             "tie_word_embeddings": False,
         },
-        "ends": 4.0,  # mean length 0.245 of the maximum at first; what is learnt makes it shorter
+        "ends": 4.0,  # mean length 0.245 of the maximum at first; training makes it shorter
         "steps": 12,
         "constants": {
             "REWARDS": "length",
@@ -100,7 +102,7 @@ WORKLOADS = {
 
 
 def set_constants(workload, folder, steps, seed=0, flags=()):
-    """Makes grpo's constants those of a workload, whose model and prompts prepare() has put into the folder."""
+    """Sets grpo's constants to those of a workload. prepare() has put its model and prompts into the folder."""
     chosen = SAME | WORKLOADS[workload]["constants"] | {"MAX_STEPS": steps, "SEED": seed}
     if WORKLOADS[workload]["model"]:
         prompts = str(Path(folder) / "prompts.jsonl")
@@ -120,11 +122,11 @@ def prepare(workload, folder):
 
 @torch.no_grad()
 def make_model(folder, sizes, ends, longest, context=2048, prompts=512):
-    """A random Qwen3, a tokenizer of as many words, and prompts of 4 to 16 of them.
+    """Makes a random Qwen3, a tokenizer with as many words, and prompts of 4 to 16 words.
 
-    The end comes at each token with a chance of ends / longest, whatever came before: the first hidden dimension is the
-    same constant everywhere, for all embeddings have it and no layer writes to it, and the end's row of the head sees
-    nothing else. ends = 0: it never comes.
+    Each token is the end with a chance of ends / longest, whatever came before. For this, the first hidden dimension is
+    the same constant everywhere: all embeddings have it, and no layer writes to it. The end's row of the head reads
+    only this dimension. If ends is 0, the end never comes.
     """
     import tokenizers
 
@@ -140,7 +142,7 @@ def make_model(folder, sizes, ends, longest, context=2048, prompts=512):
         layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
     hidden = model.base_model(input_ids=torch.randint(words - 2, (8, 64))).last_hidden_state.flatten(0, 1)
     head[end] = 0.0
-    others = (hidden @ head.T).logsumexp(-1)  # the end's own e⁰ in it is nothing among so many
+    others = (hidden @ head.T).logsumexp(-1)  # it counts the end as e⁰, which is negligible
     chance, low, high = ends / longest, -1e3, 1e3
     for _ in range(60):
         head[end, 0] = (low + high) / 2
@@ -162,7 +164,7 @@ def make_model(folder, sizes, ends, longest, context=2048, prompts=512):
 
 
 def parse_with_workloads(parser):
-    """The arguments of a benchmark, with .workloads: those named, or embedded and longtail."""
+    """Returns the arguments of a benchmark. Its .workloads are those named, or embedded and longtail."""
     choices = [name for name in WORKLOADS if name != "qwen3" or torch.cuda.is_available()]
     parser.add_argument("workloads", nargs="*", metavar="workload", help=f"some of {', '.join(choices)}")
     arguments = parser.parse_args()
@@ -173,13 +175,13 @@ def parse_with_workloads(parser):
 
 
 def parameters_of_layers(model):
-    """N: the weights of the matrices in the layers."""
+    """Returns N, the number of weights in the matrices of the layers."""
     linear = (module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear))
     return sum(module.weight.numel() for module in linear)
 
 
 def flops(model, pairs, group_size):
-    """Useful operations of a step's rollouts, update and all, as above; pairs: (P, T) per completion, by group."""
+    """Returns useful operations of a step's rollouts, update and total. pairs: (P, T) per completion, by group."""
     config, layers = model.config, parameters_of_layers(model)
     head = config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim
@@ -191,7 +193,10 @@ def flops(model, pairs, group_size):
 
 
 def bytes_of_decoding(model, pairs):
-    """What sampling a batch must read, as above, in float32 or, on a GPU, bfloat16; pairs: (P, T) per completion."""
+    """Returns the bytes that sampling a batch must read, in float32 or, on a GPU, in bfloat16.
+
+    pairs: (P, T) per completion.
+    """
     config, size = model.config, 2 if model.device.type == "cuda" else 4
     weights = parameters_of_layers(model) + config.vocab_size * config.hidden_size
     of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -200,7 +205,10 @@ def bytes_of_decoding(model, pairs):
 
 
 def peak_bandwidth(device, seconds=1.5):
-    """Bytes per second of a copy of memory far larger than any cache, read and written: the best of several."""
+    """Returns bytes per second, read and written, of the fastest of several copies of memory.
+
+    The memory is far larger than any cache.
+    """
     source = torch.zeros(2**31 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
     target, best, start = torch.ones_like(source), 0.0, time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -213,7 +221,10 @@ def peak_bandwidth(device, seconds=1.5):
 
 
 def peak_flops(device, seconds=1.5):
-    """Operations per second of a large matrix product: the best of several, in float32 or, on a GPU, bfloat16."""
+    """Returns operations per second of the fastest of several large matrix products.
+
+    The products are in float32 or, on a GPU, in bfloat16.
+    """
     size = 8192 if device == "cuda" else 2048
     a, best = torch.randn(size, size, device=device).to(torch.bfloat16 if device == "cuda" else torch.float32), 0.0
     a @ a
@@ -228,7 +239,10 @@ def peak_flops(device, seconds=1.5):
 
 
 def peak_memory():
-    """Bytes: on a GPU what torch had allocated, else of this process, not of the one that it was forked from."""
+    """Returns bytes: the memory that torch had allocated on a GPU, or else the peak of this process.
+
+    The peak does not include that of the process from which this one was forked.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

@@ -1,1 +1,1 @@
-"""What is written of a run, and what keeps it: folder, checkpoints, resuming, signals, metrics, evaluation, pages."""
+"""Everything that is written of a run: folder, checkpoints, metrics, evaluation, pages; also resuming and signals."""

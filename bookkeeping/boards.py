@@ -1,4 +1,4 @@
-"""Where a run is watched beside its own files: TensorBoard, Weights & Biases, a profile. None of them ends a run."""
+"""Shows a run elsewhere: TensorBoard, Weights & Biases, a profile. None of them can end the run."""
 
 import contextlib
 import operator
@@ -11,9 +11,10 @@ from configs import InputError
 
 
 class Boards:
-    """TensorBoard, if TENSORBOARD is set and the package is there; Weights & Biases, if WANDB_PROJECT names a project.
+    """Logs to TensorBoard if TENSORBOARD is set and the package is installed.
 
-    What fails is said once. Raises InputError if wandb is asked for and not installed.
+    It logs to Weights & Biases if WANDB_PROJECT names a project. A failure is reported once. Raises InputError if wandb
+    is asked for and not installed.
     """
 
     def __init__(self, constants):
@@ -22,7 +23,10 @@ class Boards:
         self.tensorboard = self.wandb_run = None
 
     def open(self, files, purge_step):
-        """Begins to write. files: the RunFolder. purge_step: from which on TensorBoard forgets what it has, or None."""
+        """Begins to write. files: the RunFolder.
+
+        purge_step: the step from which on TensorBoard forgets earlier events, or None.
+        """
         self.complain = files.complain
         try:
             if self.constants.TENSORBOARD and find_spec("tensorboard"):
@@ -62,12 +66,12 @@ class Boards:
             self.complain("wandb", f"Weights & Biases did not take the metrics: {error}; training goes on")
 
     def close(self):
-        with contextlib.suppress(Exception):  # which log has complained of
+        with contextlib.suppress(Exception):  # log has reported it
             if self.tensorboard:
                 self.tensorboard.close()
         with contextlib.suppress(Exception):
             if self.wandb_run:
-                self.wandb_run.finish()  # or the next run of this process would go on with it
+                self.wandb_run.finish()  # or the next run of this process would continue it
 
 
 def _import_wandb():
@@ -81,7 +85,10 @@ def _import_wandb():
 
 
 class Profiler:
-    """With PROFILE, traces the second to fourth step of this process, or as many as there are: profile.json.gz."""
+    """Traces the second to fourth step of this process into profile.json.gz, if PROFILE is set.
+
+    A shorter run is traced up to its end.
+    """
 
     def __init__(self, wanted, files):
         self.wanted = wanted
@@ -101,7 +108,7 @@ class Profiler:
             self.stop()
 
     def stop(self):
-        """Writes the trace, if one is being taken, and prints which operations took the time."""
+        """Writes the trace if one is being taken, and prints which operations took most of the time."""
         if self.running:
             profile, self.running = self.running, None
             with self._complaining():

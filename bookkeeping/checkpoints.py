@@ -1,12 +1,13 @@
-"""Checkpoints: the whole state of a run between two steps, in a folder that is either complete or recognised as not.
+"""Checkpoints hold the whole state of a run between two steps. A folder that is not complete can be recognised.
 
 checkpoints/step-20/
     config.json, model.safetensors, ...    the policy (or its adapter) and tokenizer, in Hugging Face layout
-    state.pt           optimizer, KL coefficient and what else the trainer says; tensors and plain values alone
+    state.pt           optimizer, KL coefficient and other state of the trainer; only tensors and plain values
     metrics.jsonl      all rows up to this step
     checkpoint.json    written last: step, and size and SHA-256 of every other file
 
-Written beside its place and renamed. Nothing random is in it: randomness is derived from SEED, step and row.
+A checkpoint is written beside its place, and then renamed. It holds no random state, because all randomness is derived
+from SEED, step and row.
 """
 
 import contextlib
@@ -26,11 +27,14 @@ from bookkeeping.policy_files import load_policy
 from configs import InputError
 
 MARKER = "checkpoint.json"
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk makes of torch.save and safetensors
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch.save and safetensors raise these on a full disk
 
 
 def write_folder(target, *writers):
-    """Fills a folder beside its place by the writers, each called with its path, then puts it there, whole."""
+    """Writes a folder beside its place, and then puts it there as a whole. Returns the target.
+
+    writers: functions that write its files; each is called with the path of the folder.
+    """
     beside, old = target.with_name(target.name + ".part"), target.with_name(target.name + ".old")
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -49,14 +53,20 @@ def write_folder(target, *writers):
 
 
 def put_back(old):
-    """Where a folder was moved aside, and nothing came in its place, puts it back; else removes it."""
+    """Puts back a folder that was moved aside, if nothing took its place. Otherwise removes it.
+
+    old: the path to which the folder was moved.
+    """
     if old.is_dir() and not old.with_suffix("").exists():
         os.replace(old, old.with_suffix(""))
     shutil.rmtree(old, ignore_errors=True)
 
 
 def write_state(folder, step, state, metrics, best=None):
-    """The last writer of a checkpoint: the trainer's state, the metrics so far, and the marker over all files there."""
+    """Writes the trainer's state, the metrics so far, and a marker with checksums of all files in the folder.
+
+    It must be the last writer of a checkpoint. best: the held-out accuracy at this step, or None.
+    """
     torch.save(state, folder / "state.pt")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics), encoding="utf-8")
     files = {}
@@ -70,7 +80,7 @@ def write_state(folder, step, state, metrics, best=None):
 
 
 def problem_of(path):
-    """What is wrong with a checkpoint's folder, in words, or None."""
+    """Returns what is wrong with a checkpoint's folder, in words, or None if nothing is."""
     try:
         files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
         for name, (size, digest) in files.items():
@@ -84,9 +94,9 @@ def problem_of(path):
 
 
 def newest(folder):
-    """The path of the newest checkpoint of a run whose files are all as they were written; None if there is none.
+    """Returns the path of a run's newest checkpoint that is whole, or None if there is none.
 
-    Damaged and half-written ones are named in a printed line each.
+    It prints a line for each damaged or half-written one.
     """
     for path in folder.glob("checkpoints/step-*.old"):
         put_back(path)
@@ -106,24 +116,24 @@ def _step_of(path):
 
 
 def prune(folder, keep):
-    """Removes all complete checkpoints but the last `keep` and the best, by what is on the disk."""
+    """Removes all complete checkpoints on the disk except the best one and the last `keep`."""
     accuracies = {}
     for path in sorted(folder.glob("checkpoints/step-*"), key=_step_of):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a marker that cannot be read counts not
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # skips a marker that cannot be read
             accuracies[path] = json.loads((path / MARKER).read_text(encoding="utf-8"))["best"]
     paths = list(accuracies)
     scored = [path for path in paths if accuracies[path] is not None]
     best = max(scored, key=accuracies.get, default=None)
     for path in paths[: max(0, len(paths) - keep)]:
         if path != best:
-            (path / MARKER).unlink()  # first, so that a half-removed one is not taken for whole
+            (path / MARKER).unlink()  # first, or half a checkpoint could look whole
             shutil.rmtree(path, ignore_errors=True)
 
 
 def load(path, policy, adapter):
     """Puts a checkpoint's weights into the policy, in place, and returns (step, state, metrics). Nothing is unpickled.
 
-    Raises InputError where a tensor is missing, unexpected or of another shape.
+    Raises InputError if a tensor is missing, unexpected or of another shape.
     """
     load_policy(path, policy, adapter)
     try:
@@ -136,7 +146,10 @@ def load(path, policy, adapter):
 
 
 def copy_to_cpu(value):
-    """A copy of a state, tensors on the CPU, tensors that share memory sharing it still: what a thread may write."""
+    """Returns a copy of a state with its tensors on the CPU, so that a thread can write it.
+
+    Tensors that share memory still share it in the copy.
+    """
     seen = {}
 
     def copied(value):
@@ -163,7 +176,7 @@ def _sha256(path):
 
 
 def sync(path):
-    """Has the disk hold a file, or a folder's list of files, before anything relies on it."""
+    """Forces a file, or a folder's list of files, onto the disk before anything relies on it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

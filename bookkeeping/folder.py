@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its files, how they are written, and what is said once if the disk refuses.
+"""The folder of a run: its lock, its files and how they are written, and a warning, said once, if the disk refuses.
 
 outputs/gspo-20260131-101500/
     gspo.py          a copy of the script
@@ -7,7 +7,7 @@ outputs/gspo-20260131-101500/
     metrics.jsonl    one object per training step; step 0 holds the evaluation before training
     metrics.png      the 4x2 figure, redrawn while training runs
     samples.jsonl    prompts, completions, rewards, advantages, answers
-    samples.html     the same to look at, by sample_page.py
+    samples.html     the samples as a page, by sample_page.py
     checkpoints/step-N/    the whole state after step N, see checkpoints.py
     final/           the trained model, in Hugging Face layout
 """
@@ -36,9 +36,10 @@ from configs import InputError
 
 
 class RunFolder:
-    """The folder of a run, new or resumed, which no other process writes. Raises InputError if it cannot be written.
+    """The folder of a run, new or resumed. A lock keeps other processes from writing it.
 
-    path: the folder. resumed: the path of the run to go on with, or None for a new one.
+    constants: those of the run. resumed: the path of the run to continue, or None for a new one. path: the folder.
+    Raises InputError if the folder cannot be written.
     """
 
     def __init__(self, constants, resumed=None):
@@ -48,9 +49,9 @@ class RunFolder:
         self._lock()
 
     def _lock(self):
-        """Keeps a second process out of the folder; a crash releases it."""
+        """Keeps a second process out of the folder. A crash releases the lock."""
         try:
-            self.lock = open(self.path / "lock", "w")  # noqa: SIM115, for as long as the run
+            self.lock = open(self.path / "lock", "w")  # noqa: SIM115, because the run holds it
         except OSError as error:
             raise InputError(f"{self.path}: cannot write there ({error}); make it writable") from None
         try:
@@ -65,33 +66,33 @@ class RunFolder:
         self.lock.close()
 
     def remove_if_new(self):
-        """Leaves nothing of a run that has not begun."""
+        """Removes the folder of a run that could not begin."""
         if self.is_new:
             self.unlock()
             shutil.rmtree(self.path, ignore_errors=True)
 
-    # -- What the run is made of
+    # -- The run's description
 
     def config(self):
         return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
 
     def run_id(self):
-        return self.config().get("id", self.path.name)  # older runs have no other
+        return self.config().get("id", self.path.name)  # older runs have no id
 
     def begin(self, constants, saved, fingerprints):
-        """Writes the first files of a new run. saved: constants as config.json has them."""
+        """Writes the first files of a new run. saved: the constants in the form that config.json holds."""
         script = constants.path
         (self.path / script.name).write_text(constants.text, encoding="utf-8")
         shutil.copy(configs.HERE / "rewards.py", self.path)
         for name in (script.name, "rewards.py"):
             sync(self.path / name)
-        run_id = f"{self.path.name}-{secrets.token_hex(4)}"  # runs of other folders may have the same name
+        run_id = f"{self.path.name}-{secrets.token_hex(4)}"  # runs in other folders may have the same name
         about = {"id": run_id, "constants": saved, "fingerprints": fingerprints}
         self.write("config.json", about | describe_machine(script.resolve().parent))
         sync(self.path)
 
     def cut_logs(self, history, done, in_part):
-        """Has the logs hold what the run had written by the checkpoint, whatever came later or was half written.
+        """Cuts the logs back to what the run had written by the checkpoint. Later and half-written rows go.
 
         history: the rows of metrics.jsonl. done: the checkpoint's step. in_part: whether that step was not finished.
         """
@@ -106,7 +107,10 @@ class RunFolder:
     # -- How files are written
 
     def write(self, name, *rows):
-        """Writes a file of the folder, whole or not at all: JSON lines, or one JSON document."""
+        """Writes a file of the folder, whole or not at all.
+
+        The file is JSON lines if its name ends in l, and one JSON document otherwise.
+        """
         indent = None if name.endswith("l") else 2
         beside = self.path / f"{name}.part"
         beside.write_text("".join(_json(row, indent) + "\n" for row in rows), encoding="utf-8")
@@ -114,7 +118,7 @@ class RunFolder:
         os.replace(beside, self.path / name)
 
     def append(self, name, rows):
-        """Adds JSON lines to a file of the folder; if the disk refuses, with the next ones."""
+        """Adds JSON lines to a file of the folder. If the disk refuses, they are added with the next ones."""
         rows = self.unwritten.pop(name, []) + rows
         path, size = self.path / name, None
         try:
@@ -129,18 +133,18 @@ class RunFolder:
             self.complain(name, f"{path} could not be written: {error}; training goes on, its lines follow later")
 
     def complain(self, topic, message):
-        """Says what went wrong without ending the run; once, until it goes well again."""
+        """Prints a warning without ending the run. A topic is warned about once, until well_again(topic)."""
         if topic not in self.complaints:
             tqdm.write(f"Warning: {message}")
             self.complaints.add(topic)
 
     def well_again(self, topic):
-        """Has the next complaint about a topic be said again."""
+        """Lets the next complaint about a topic be printed again."""
         self.complaints.discard(topic)
 
 
 def new_folder(constants):
-    """The path of a folder that is made for a new run. Raises InputError if it cannot be."""
+    """Makes the folder of a new run, and returns its path. Raises InputError if it cannot."""
     parent, name = Path(constants.OUTPUT_DIR), f"{constants.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         for number in range(1, 1000):  # two runs may start in the same second
@@ -156,7 +160,7 @@ def new_folder(constants):
 
 
 def finite(value):
-    """A value as JSON can hold it: None in place of numbers that are not finite, within lists and dicts, too."""
+    """Returns a value with None for each number that is not finite, also in lists and dicts, as JSON needs it."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -169,7 +173,7 @@ def _json(row, indent=None):
 
 
 def _rows(path):
-    """The rows of a log that can be read."""
+    """Returns the rows of a log that can be read."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -179,12 +183,12 @@ def _rows(path):
 
 
 def sha256_of_rewards():
-    """The digest of rewards.py as it is now."""
+    """Returns the digest of rewards.py as it is now."""
     return hashlib.sha256((configs.HERE / "rewards.py").read_bytes()).hexdigest()
 
 
 def describe_machine(repository):
-    """What a reader of the run needs to repeat it."""
+    """Returns what a reader needs to repeat the run: command, commit, versions and hardware."""
     commit = None
     if shutil.which("git"):
         describe = ["git", "-C", str(repository), "describe", "--always", "--dirty"]

@@ -1,4 +1,4 @@
-"""What is measured of a training step, and what is kept of its samples."""
+"""Computes the metrics of a training step, and the rows of its samples."""
 
 import contextlib
 import time
@@ -8,10 +8,11 @@ import torch
 
 
 def step_metrics(rollouts, updates, group_size):
-    """The metrics of a step; those of its updates by their mean, or by the least and greatest of a *_min and *_max.
+    """Returns the metrics of a step.
 
-    updates: what each optimizer step returned. Without any, where no completion was in the loss, there is no ratio and
-    no gradient: None.
+    updates: the metrics that each optimizer step returned. A step's metric is their mean, or the least of a *_min and
+    the greatest of a *_max. If there was no update, because no completion was in the loss, there is no ratio and no
+    gradient, and their metrics are None.
     """
     rewards, advantages, old_logps = rollouts.rewards, rollouts.advantages, rollouts.old_logps
     mask = rollouts.completion_mask.to(old_logps.device)
@@ -41,9 +42,10 @@ def step_metrics(rollouts, updates, group_size):
 
 
 def ratio_metrics(ratio, clipped, counted):
-    """What is logged of the importance ratio, one per sequence or per token, of those that are counted. No gradient.
+    """Returns metrics of the importance ratio, without gradient.
 
-    clipped: where the clip removes the gradient. All three of one shape.
+    ratio: one per sequence or per token. clipped: where the clip removes the gradient. counted: the entries to count.
+    All three have one shape.
     """
     ratio, number = ratio.detach(), counted.sum()
     return {
@@ -55,7 +57,10 @@ def ratio_metrics(ratio, clipped, counted):
 
 
 def idle_clip(history):
-    """The least and greatest ratio of some steps in which the clip never acted though there was a ratio; else None."""
+    """Returns the least and greatest ratio of some steps if the clip never acted in them, or None.
+
+    It also returns None if no step had a ratio, or if a step had a single update.
+    """
     steps = [metrics for metrics in history if metrics.get("clip_fraction") is not None]
     if not steps or any(metrics["clip_fraction"] or metrics["updates"] == 1 for metrics in steps):
         return None
@@ -63,9 +68,10 @@ def idle_clip(history):
 
 
 class Clock:
-    """The seconds of a step by phase, which add up to it: `with clock("update"): ...` where the work is done.
+    """Measures the seconds of a step by phase; they add up to the step: `with clock("update"): ...` around the work.
 
-    devices: what a phase has asked of them is waited for at its end, so that its seconds are its own.
+    devices: at the end of a phase, the clock waits for the work of these devices, so that a phase counts its own
+    seconds.
     """
 
     def __init__(self, *devices):
@@ -82,7 +88,7 @@ class Clock:
         self.seconds[phase] += time.perf_counter() - began
 
     def metrics(self, tokens):
-        """Seconds per phase, tokens per second of the whole step, and the policy device's memory."""
+        """Returns seconds per phase, tokens per second of the step, and the peak memory of the policy's device."""
         on_gpu = self.memory_of.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self.memory_of) / 1e9 if on_gpu else None
         speed = {"tokens_per_second": tokens / sum(self.seconds.values()), "peak_memory_gb": memory}
@@ -90,9 +96,9 @@ class Clock:
 
 
 def samples_of(step, tokenizer, rollouts, new_logps):
-    """What a reader wants to see of a step's completions, a dict each.
+    """Returns a dict per completion of a step, with what a reader wants to see.
 
-    logp_change: of each token, by how much the step's updates have moved its log-prob, nats.
+    logp_change: for each token, by how many nats the step's updates have moved its log-prob.
     """
     samples, rewards, advantages = [], rollouts.rewards, rollouts.advantages
     for i, change in enumerate((new_logps - rollouts.old_logps).tolist()):
@@ -116,18 +122,18 @@ def samples_of(step, tokenizer, rollouts, new_logps):
 
 
 def token_texts(tokenizer, ids):
-    """What each token adds to the text of all, special tokens shown.
+    """Returns the text that each token adds to the whole, with special tokens shown.
 
-    A token that ends within a character adds nothing: the one that completes it adds it whole.
+    If a token ends within a character, it adds nothing. The token that completes the character adds all of it.
     """
     texts, first, before = [], 0, ""
     for t in range(len(ids)):
         now = tokenizer.decode(ids[first : t + 1])
-        if now.endswith("\ufffd") and t + 1 < len(ids):  # what stands for bytes that are no character, or not yet
+        if now.endswith("\ufffd") and t + 1 < len(ids):  # stands for bytes that are not yet a character
             texts.append("")
             continue
         texts.append(now[len(before) :])
         before = now
-        if t - first > 16:  # a new beginning, or a long text would be decoded once per token
+        if t - first > 16:  # starts anew, so that no long text is decoded per token
             first, before = t, tokenizer.decode(ids[t : t + 1])
     return texts

@@ -1,4 +1,4 @@
-"""What is printed of a run: its progress bar or a line per step, what does not act, and the summary at its end."""
+"""Prints a run: its progress bar or a line per step, warnings about what has no effect, and the final summary."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from bookkeeping.metrics import idle_clip
 
-IDLE_STEPS = 10  # steps after which a clip that never acted, or groups without a signal, are worth a warning
+IDLE_STEPS = 10  # steps without any clipping, or without any signal, before there is a warning
 
 
 class Progress:
@@ -38,7 +38,10 @@ class Progress:
 
 
 def say_what_does_not_act(step, history, constants, files):
-    """Warns of rewards that teach nothing, and of a clip that is too wide to act. files: the RunFolder."""
+    """Warns if all rewards of every group are equal, and if the clip is too wide to act.
+
+    files: the RunFolder.
+    """
     latest = [row.get("dead_groups") for row in history[1:]][-IDLE_STEPS:]
     if latest[-1] != 1:
         files.well_again("signal")
@@ -56,7 +59,10 @@ def say_what_does_not_act(step, history, constants, files):
 
 
 def print_summary(history, rows, texts_before, texts_after, folder):
-    """Held-out accuracy and the first completions before and after training, and where to find what was made."""
+    """Prints held-out accuracy and the first completions, before and after training.
+
+    It also prints the time that each phase took, and the paths of the model and the pictures.
+    """
     evaluations = [metrics for metrics in history if "eval_accuracy" in metrics]
     before, after = evaluations[0], evaluations[-1]
     for name, how in (("eval_accuracy", "sampled"), ("eval_accuracy_greedy", "greedy")):

@@ -1,4 +1,4 @@
-"""What a resumed run is compared with and set to: its folder, its constants, what it is made from, its checkpoint."""
+"""Resumes a run: finds its folder and checkpoint, sets its constants, and checks its prompts and models."""
 
 import contextlib
 import hashlib
@@ -12,13 +12,13 @@ from bookkeeping.folder import sha256_of_rewards
 from configs import DEVICES, KINDS, InputError, as_saved, constant_values, constants_in, expand_home, validate
 from engine.schedule import learning_rate_at
 
-# What a resumed run may have otherwise: how long, how often, where, and how much at once.
+# Constants that may change when a run is resumed: how long, how often, where, and how much at once.
 MAY_CHANGE = DEVICES + (
     *("MAX_STEPS", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "SAMPLE_GROUPS", "TENSORBOARD", "WANDB_PROJECT"),
     *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "LOGITS_AT_ONCE", "GRADIENT_CHECKPOINTING"),
     *("MERGE_LORA", "PROFILE", "MAX_RESAMPLES"),
 )
-# These, too, if the run has fingerprints of their content, which must be the same: a run may move.
+# These may change, too, if the run has fingerprints of their content. So the files may move, but not change.
 MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL")
 
 
@@ -26,9 +26,9 @@ MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL")
 
 
 def set_constants(namespace, given):
-    """Sets the constants to those of the run to continue. Raises InputError if others are asked for now.
+    """Sets the constants to those of the run to continue. Raises InputError if others are asked for.
 
-    What is asked for now is what a flag says, or what was edited in the file since the run began.
+    A constant is asked for by a flag, or by an edit of the file since the run began.
     """
     script, constants = Path(namespace["__file__"]), constant_values(namespace)
     folder = _run_folder(*(given.get(name, namespace[name]) for name in ("RESUME", "OUTPUT_DIR")), script)
@@ -40,7 +40,7 @@ def set_constants(namespace, given):
         raise InputError(f"--resume {folder}: {_no_run(folder, script, error)}") from None
     text = script.read_text(encoding="utf-8")
     sources, sources_before = ({name: one.source for name, one in constants_in(t).items()} for t in (text, before))
-    as_here = {  # of other types than flags have: a run's config.json holds too little to make them anew
+    as_here = {  # edited, or of a type that config.json cannot give back
         name: value
         for name, value in constants.items()
         if sources[name] != sources_before.get(name) or type(value) not in KINDS
@@ -56,12 +56,15 @@ def set_constants(namespace, given):
         if name in here and name not in asked and name not in DEVICES and here[name] != value:
             namespace[name] = value
     namespace.update(asked, RESUME=str(folder))
-    namespace["__preset__"] = namespace["PRESET"]  # whose constants are among those of the run
+    namespace["__preset__"] = namespace["PRESET"]  # the run's constants include the preset's
     validate(constant_values(namespace), namespace)
 
 
 def run_to_resume(constants):
-    """The folder of the run that RESUME names. Raises InputError if its constants are others, as Python may set."""
+    """Returns the folder of the run that RESUME names.
+
+    Raises InputError if the constants differ from the run's, as they can if they were set from Python.
+    """
     folder = _run_folder(constants.RESUME, constants.OUTPUT_DIR, constants.path)
     try:
         run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -72,7 +75,7 @@ def run_to_resume(constants):
 
 
 def _refuse_others(folder, run, asked):
-    """Raises InputError if constants are asked for that the run was not made with, and that may not change."""
+    """Raises InputError if a constant is asked for that differs from the run's and may not change."""
     saved, may_change = run["constants"], MAY_CHANGE + (MADE_FROM if "fingerprints" in run else ())
     asked = as_saved(asked)
     changed = [name for name in asked if name in saved and asked[name] != saved[name] and name not in may_change]
@@ -85,8 +88,11 @@ def _refuse_others(folder, run, asked):
 
 
 def _run_folder(name, output_dir, script):
-    """The folder of the run that --resume names; "latest" is the one of this script that logged last."""
-    for constant, value in (("RESUME", name), ("OUTPUT_DIR", output_dir)):  # which nothing has validated yet
+    """Returns the folder of the run that --resume names.
+
+    "latest" is the run of this script that logged last. Raises InputError if there is no such folder.
+    """
+    for constant, value in (("RESUME", name), ("OUTPUT_DIR", output_dir)):  # not validated yet
         if not isinstance(value, str):
             flag = "--" + constant.lower().replace("_", "-")
             raise InputError(f"{constant} = {value!r} must be {KINDS[str]}; edit it or give {flag}")
@@ -96,29 +102,29 @@ def _run_folder(name, output_dir, script):
             folder = Path(name).expanduser()
             if folder.is_dir():
                 return folder
-        except (OSError, RuntimeError, ValueError) as error:  # as in find_path; the last: of a NUL
+        except (OSError, RuntimeError, ValueError) as error:  # as in find_path; ValueError: the name holds NUL
             why = f" ({getattr(error, 'strerror', None) or error})"
         raise InputError(f'--resume {name:.200}: no such folder{why}; give that of a run, or "latest"')
     parent = expand_home("OUTPUT_DIR", output_dir)
     runs = [path for path in Path(parent).glob(f"{script.stem}-*") if (path / "config.json").is_file()]
     if not runs:
         raise InputError(f"--resume latest: {parent} holds no run of {script.name}; give the run's folder")
-    logs = ("config.json", "metrics.jsonl")  # pictures may be drawn again
+    logs = ("config.json", "metrics.jsonl")  # not pictures, which may be drawn again
     return max(runs, key=lambda run: max((run / log).stat().st_mtime for log in logs if (run / log).is_file()))
 
 
 def _no_run(folder, script, error):
-    """Why a folder cannot be resumed, and what to give in its place."""
+    """Returns why a folder cannot be resumed, and what to give instead."""
 
     def script_of(place):
-        """The script whose run is in a folder, "" if there is none: a run has a copy of it."""
+        """Returns the script whose run is in a folder, or "". A run has a copy of its script."""
         copies = [path.name for path in place.glob("*.py") if path.name != "rewards.py"]
         copies = [name for name in copies if (script.parent / name).is_file()]
         return copies[0] if copies and (place / "config.json").is_file() else ""
 
-    with contextlib.suppress(OSError):  # a folder that may not be read tells no more than the error
+    with contextlib.suppress(OSError):  # an unreadable folder tells no more than the error does
         whole = folder.resolve()
-        for outer in whole.parents[:2]:  # of checkpoints/step-N and of final/
+        for outer in whole.parents[:2]:  # from checkpoints/step-N and from final/
             if script_of(outer):
                 return f"that is a part of a run, which is resumed as a whole; give {outer}"
         if script_of(whole) not in ("", script.name):
@@ -138,14 +144,15 @@ def _without_constants(text):
     return lines
 
 
-# -- What the run is made from
+# -- The prompts and models of the run
 
 
 def fingerprints(trainer):
-    """{constant: digits} of what a run is made from, prompts and weights as loaded; the digits change if these do.
+    """Returns {constant: digits} for the prompts and the weights as loaded. The digits change if these do.
 
-    Prompts count as they were given, because a template may hold the day's date; the template counts to the policy.
-    Weights count as bfloat16, which they may be on one device and not on another, by the exact sum of their bits.
+    Prompts count as they were in the data, because a template may print the day's date. The template counts as part of
+    the policy. Weights count as bfloat16, because one device may load them so and another may not. They count by the
+    exact sum of their bits.
     """
     reward_model = trainer.rewards.reward_model and trainer.rewards.reward_model.model
     content = {
@@ -164,8 +171,11 @@ def _sums_of_bits(model):
 
 
 def check_fingerprints(files, constants, found):
-    """Raises InputError if prompts or models are others than those that the run began with. files: its RunFolder."""
-    expected = files.config().get("fingerprints", found)  # older runs have others, of another kind
+    """Raises InputError if prompts or models differ from those that the run began with.
+
+    files: the RunFolder. found: the fingerprints now.
+    """
+    expected = files.config().get("fingerprints", found)  # older runs have none
     changed = [f"{name} = {getattr(constants, name)!r}" for name in found if found[name] != expected.get(name)]
     if changed:
         raise InputError(
@@ -174,11 +184,14 @@ def check_fingerprints(files, constants, found):
         )
 
 
-# -- The state to go on from
+# -- The checkpoint
 
 
 def checkpoint_to_resume(folder):
-    """The newest checkpoint of a run, None if it has none. Raises InputError if it has some, and none is whole."""
+    """Returns the newest checkpoint of a run, or None if it has none.
+
+    Raises InputError if the run has checkpoints, but none of them is whole.
+    """
     path = checkpoints.newest(folder)
     if path is None and any(folder.glob("checkpoints/step-*[0-9]")):
         remedy = "copy one back, or remove them all to begin the run again"
@@ -187,9 +200,9 @@ def checkpoint_to_resume(folder):
 
 
 def say_what_the_rate_will_do(constants, steps_before, done, history):
-    """Prints how the learning rate goes on if MAX_STEPS has changed, over which a schedule falls to zero.
+    """Prints how the learning rate goes on if MAX_STEPS has changed and the schedule falls over it.
 
-    done, history: of the resumed run.
+    steps_before: MAX_STEPS of the run so far. done, history: those of the resumed run.
     """
     steps, schedule = constants.MAX_STEPS, constants.LR_SCHEDULE
     if schedule != "constant" and steps_before not in (None, steps) and 0 < done < steps and history[1:]:

@@ -1,4 +1,4 @@
-"""One run of a trainer, new or resumed: when is what written, saved and drawn, and how does it end."""
+"""One run of a trainer, new or resumed: when it logs, saves and draws, and how it ends."""
 
 import contextlib
 import sys
@@ -19,27 +19,27 @@ from configs import InputError
 from scoring.rules import Rewards
 
 DRAW_EVERY = 30  # seconds
-MOST_BAD_UPDATES = 8  # optimizer steps without a finite gradient, in steps one after the other, that end a run
+MOST_BAD_UPDATES = 8  # this many updates without a finite gradient, in consecutive steps, end a run
 
 
 class Trainer(Protocol):
-    """All that a run uses of a trainer. Prompts are rows as inputs/chat.py leaves them."""
+    """Everything that a run uses of a trainer. Prompts are rows as encode_prompts returns them."""
 
-    # What it is made from
+    # Its inputs
     constants: configs.Constants  # of configs.snapshot
     devices: list[torch.device]  # of policy, reference and reward model
     train_rows: list[dict]  # prompts to train on, for their fingerprint
     eval_rows: list[dict]  # held-out prompts, for their fingerprint and the summary
-    rewards: Rewards  # what is maximised; the run sets its log
-    eval_reward: Rewards  # what evaluation counts; the run sets its log
+    rewards: Rewards  # training maximises it; the run sets its log
+    eval_reward: Rewards  # evaluation counts it; the run sets its log
 
-    # What trains
+    # The model
     policy: torch.nn.Module  # saved, and loaded in place
-    adapter: object  # peft's around the policy, None without LoRA
+    adapter: object  # peft's model around the policy, None without LoRA
     tokenizer: object  # saved beside the policy
-    optimizer: torch.optim.Optimizer  # from its first step on a signal waits for the end of the training step
+    optimizer: torch.optim.Optimizer  # after its first step in a training step, a signal waits for the end
 
-    # What steps leave
+    # The results of steps
     metrics_history: list[dict]  # the rows of metrics.jsonl; the run fills it
     samples: list[dict]  # of the latest step, for samples.jsonl
     skipped: list[dict]  # completions of the latest step with a skipped update, for skipped.jsonl
@@ -47,14 +47,14 @@ class Trainer(Protocol):
     run: object  # None before train(), because a trainer trains once
 
     def state(self) -> dict:
-        """What a checkpoint holds beside the weights: tensors and plain values."""
+        """Returns the tensors and plain values that a checkpoint holds beside the weights."""
 
     def load_state(self, state: dict) -> None:
-        """Goes on from such a state."""
+        """Continues from such a state."""
 
 
 class Run:
-    """One run of a trainer, new or resumed; a context around its steps. Raises InputError if it cannot be written.
+    """One run of a trainer, new or resumed, as a context around its steps. Raises InputError if it cannot be written.
 
         with Run(trainer) as run:
             for step in run.steps():
@@ -64,7 +64,8 @@ class Run:
                     metrics |= trainer.evaluate()
                 run.finish_step(step, metrics)
 
-    folder: its path. unfinished: metrics of a step that is trained, but not evaluated and logged, or None.
+    folder: the path of its folder. unfinished: the metrics of a step that is trained, but not yet evaluated and logged,
+    or None.
     """
 
     set_constants = staticmethod(resuming.set_constants)  # of a run to resume, for configs.apply_overrides
@@ -76,7 +77,7 @@ class Run:
         self.history = trainer.metrics_history
         self.bad_updates = 0
         self.progress = None  # until the steps begin
-        self.in_step = False  # between a step's first sample and its last update, where no checkpoint can be taken
+        self.in_step = False  # True from a step's first sample to its last update, when no checkpoint can be taken
         configs.warn_about_constants(self.constants)
         self.boards = Boards(self.constants)
         resumed = resuming.run_to_resume(self.constants) if self.constants.RESUME else None
@@ -85,7 +86,9 @@ class Run:
         self.signals = StopSignals(trainer.optimizer)
         self.saver = Saver(trainer, self.folder)
         self.profiler = Profiler(self.constants.PROFILE, self.files)
-        self.done, self.unfinished, self.texts_before = 0, {"step": 0}, []  # nothing is done, and row 0 is not written
+        self.done = 0
+        self.unfinished = {"step": 0}  # row 0 is not written yet
+        self.texts_before = []
         made_from = resuming.fingerprints(trainer)
         checkpoint = None
         if resumed:
@@ -101,7 +104,7 @@ class Run:
     # -- Before the first step
 
     def _load(self, checkpoint):
-        """Puts a checkpoint into the trainer and this run."""
+        """Loads a checkpoint into the trainer and this run."""
         trainer = self.trainer
         self.done, state, metrics = checkpoints.load(checkpoint, trainer.policy, trainer.adapter)
         self.unfinished, self.texts_before = state["pending"], state["texts_before"]
@@ -110,7 +113,7 @@ class Run:
         self.history += metrics
 
     def _begin(self, checkpoint, made_from):
-        """Has the folder say what the run is made of; if it is resumed, from when on, too."""
+        """Writes the run's constants into its folder. If the run is resumed, it also prints from which step."""
         devices = dict(zip(configs.DEVICES, map(str, self.trainer.devices), strict=True))
         constants = configs.as_saved(self.constants.values() | devices)
         try:
@@ -130,7 +133,10 @@ class Run:
             raise InputError(f"{self.folder}: cannot write there ({error}); free some space, or look why") from None
 
     def _try_to_save(self):
-        """Saves as later steps will. Raises InputError if that fails, and leaves no folder of a new run."""
+        """Tries to save everything that later steps will save.
+
+        If that fails, it raises InputError, and removes the folder of a new run.
+        """
         try:
             self.saver.try_out()
         except BaseException as error:
@@ -140,11 +146,11 @@ class Run:
             if not isinstance(error, Exception):  # Ctrl-C
                 raise
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            what = f"POLICY_MODEL = {self.constants.POLICY_MODEL!r} cannot be saved: {why}"  # whatever a library raises
-            raise InputError(f"{what}; give another model, or with --lora-rank other --lora-targets") from None
+            problem = f"POLICY_MODEL = {self.constants.POLICY_MODEL!r} cannot be saved: {why}"
+            raise InputError(f"{problem}; give another model, or with --lora-rank other --lora-targets") from None
 
     def __enter__(self):
-        self.closing = contextlib.ExitStack()  # closes what follows from the last to the first
+        self.closing = contextlib.ExitStack()  # closes these, the last one first
         self.closing.callback(self.files.unlock)
         self.closing.enter_context(lossy_streams())
         self.closing.callback(self.boards.close)
@@ -157,14 +163,17 @@ class Run:
     # -- The steps
 
     def steps(self):
-        """The numbers of the steps that are left. First, the evaluation before step 1, or one that a stop cut off."""
+        """Yields the numbers of the steps that are left.
+
+        The first is that of the evaluation before step 1, or of an evaluation that a stop cut off.
+        """
         last = self.constants.MAX_STEPS
         self.progress = Progress(self.constants)
         self.state, self.drawn = self.trainer.state(), time.perf_counter()
         if self.unfinished is not None:
             yield self.unfinished["step"]
         elif self.done >= last:
-            self.saver.final()  # anew: what lies there may be that of a shorter run
+            self.saver.final()  # the one there may be a shorter run's
             self._draw()
             print(f"The run is complete, its model is in {self.folder / 'final'}; --max-steps can make it longer")
         self.progress.move_to(self.done)
@@ -174,19 +183,19 @@ class Run:
             yield step
 
     def keep(self, step, metrics):
-        """Marks a step as trained: a stop from here on keeps it, even if it cuts the step's evaluation off."""
+        """Marks a step as trained. From here on a stop keeps it, even if its evaluation is cut off."""
         self.in_step = self.signals.interruptible = False
         self.done, self.unfinished, self.state = step, metrics, self.trainer.state()
         self.signals.raise_if_received()
         self.signals.interruptible = True
 
     def evaluation_is_due(self, step):
-        """Whether a step is followed by an evaluation."""
+        """Returns whether an evaluation follows a step."""
         every = self.constants.EVAL_EVERY
         return step in (0, self.constants.MAX_STEPS) or (every > 0 and step % every == 0)
 
     def finish_step(self, step, metrics):
-        """Logs, saves and draws, as far as it is due. metrics: of the step and of its evaluation."""
+        """Logs, saves and draws whatever is due. metrics: those of the step and of its evaluation."""
         self.signals.interruptible = False
         last, save_every = step == self.constants.MAX_STEPS, self.constants.SAVE_EVERY
         self._log(step, metrics)
@@ -210,7 +219,7 @@ class Run:
 
     def _log(self, step, metrics):
         """Writes a step's metrics and samples."""
-        metrics |= finite(metrics)  # as metrics.jsonl has them
+        metrics |= finite(metrics)  # the same as in metrics.jsonl
         self.history.append(metrics)
         self.files.append("metrics.jsonl", [metrics])
         self.boards.log(metrics)
@@ -224,7 +233,7 @@ class Run:
         self.files.append("reward_failures.jsonl", [where | failure for failure in failures])
 
     def _check_updates(self, metrics):
-        """Ends the run if updates fail one after the other, and says what to look at."""
+        """Ends the run if too many updates fail in consecutive steps."""
         if not (skipped := metrics.get("skipped_updates", 0)):
             self.bad_updates = 0
             return
@@ -238,7 +247,10 @@ class Run:
             )
 
     def _with_groups(self, samples):
-        """Samples, each with the number of its group in the step: two groups may have the same prompt."""
+        """Returns samples with the number of their group in the step.
+
+        Two groups may have the same prompt, so the prompt does not tell them apart.
+        """
         return [{**sample, "group": i // self.constants.GROUP_SIZE} for i, sample in enumerate(samples)]
 
     def _draw(self):
@@ -250,7 +262,10 @@ class Run:
             self.files.complain("pictures", f"the pictures could not be drawn: {error}; training goes on")
 
     def checkpoint(self):
-        """Saves the state after the last whole step, in a thread once it is copied; returns where it will be."""
+        """Saves the state after the last whole step, and returns where it will be.
+
+        A thread writes it once it is copied.
+        """
         state = {"trainer": self.state, "pending": self.unfinished, "texts_before": self.texts_before}
         state["samples"] = self.trainer.samples if self.unfinished else []
         return self.saver.checkpoint(self.done, state, self.history)
@@ -259,14 +274,17 @@ class Run:
 
     def __exit__(self, kind, error, _):
         with self.closing:
-            can_save = not self.in_step or self.signals.interruptible  # the weights are those between two steps
+            can_save = not self.in_step or self.signals.interruptible  # the weights are between two steps
             self.signals.interruptible = False
             if kind is Stopped or (kind and issubclass(kind, Exception)):
                 self._end_early(kind, error, can_save)
             self.saver.wait()
 
     def _end_early(self, kind, error, can_save):
-        """Keeps what can be kept, and says where. Raises SystemExit after a signal, InputError if a person can act."""
+        """Keeps what can be kept, and prints where it is.
+
+        Raises SystemExit after a signal, and InputError if a person can do something about the error.
+        """
         stopped, step = kind is Stopped, self.done + self.in_step
         saved = can_save and self.saver.wait() and self.checkpoint() and self.saver.wait()
         path = checkpoints.newest(self.folder)
@@ -275,7 +293,7 @@ class Run:
         found = f"the newest checkpoint is {path}" if path else "there is no checkpoint"
         kept = f"the state after step {self.done} is in {path}" if saved else found
         kept += f"; go on with python {self.constants.algorithm}.py --resume {self.folder}"
-        if issubclass(kind, torch.OutOfMemoryError):  # no smaller part of the work would help
+        if issubclass(kind, torch.OutOfMemoryError):  # smaller parts were tried already
             remedy = "resume with more memory, or begin a new run with --lora-rank or --policy-dtype bfloat16"
             kind, error = InputError, f"out of memory ({' '.join(str(error).split())}); {remedy}"
         if kind is InputError:

@@ -1,9 +1,9 @@
-"""A run's samples as a page to look at: samples.jsonl -> samples.html, one file that needs no network and no script.
+"""Draws a run's samples as a page: samples.jsonl -> samples.html, one file that needs no network and no script.
 
 python -m bookkeeping.sample_page outputs/<run>
 
-The completions of a group stand side by side with reward, advantage, length and how they ended; the colour of a token
-says how far the step's updates have moved its log-prob.
+The completions of a group stand side by side, with reward, advantage, length, and whether they ended. The colour of a
+token shows how far the step's updates have moved its log-prob.
 """
 
 import argparse
@@ -76,9 +76,9 @@ FULL_COLOUR = 0.5  # nats
 
 
 def draw_samples(folder):
-    """Writes a run's samples.html from the end of its samples.jsonl; returns its path, or None without samples.
+    """Writes a run's samples.html from the end of its samples.jsonl. Returns its path, or None if there are no samples.
 
-    Everything is escaped. What it takes does not grow with the run.
+    Everything is escaped. Time and memory do not grow with the length of the run.
     """
     folder, shown, tokens = Path(folder), [], 0
     path = folder / "samples.jsonl"
@@ -102,14 +102,17 @@ def draw_samples(folder):
 
 
 def _samples_from_the_end(path):
-    """The rows of a samples.jsonl that is not empty, the last one first. Only what is asked for is read."""
+    """Yields the rows of a samples.jsonl that is not empty, the last one first.
+
+    It reads only as many rows as are asked for.
+    """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         end = len(text)
         while end > 0:
             start = text.rfind(b"\n", 0, end - 1) + 1
             try:
                 row = json.loads(text[start:end])
-                changes = [change or 0.0 for change in row["logp_change"]]  # None is what was no number
+                changes = [change or 0.0 for change in row["logp_change"]]  # None stands for NaN
                 row["pairs"] = list(zip(row["token_texts"], changes, strict=True))
                 row["step"], row["tokens"], row["prompt"], float(row["reward"]), float(row["advantage"])
             except (KeyError, TypeError, ValueError):
@@ -120,7 +123,7 @@ def _samples_from_the_end(path):
 
 
 def _colour(change):
-    """Orange for a token that became less likely, blue for one that became likelier; change in [-1, 1] or beyond."""
+    """Returns orange if a token became less likely, and blue if more. change: full colour is at -1 and 1."""
     red, green, blue = (213, 94, 0) if change < 0 else (0, 114, 178)
     return f"rgba({red}, {green}, {blue}, {min(abs(change), 1) * 0.6:.2f})"
 

@@ -1,4 +1,4 @@
-"""What is saved of a trainer: checkpoints, in a thread of their own, and the trained model in final/."""
+"""Saves a trainer: checkpoints, written by a thread, and the trained model in final/."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +19,9 @@ class Saver:
         self.thread.shutdown()
 
     def try_out(self):
-        """Writes what a checkpoint and final/ will hold, reads the checkpoint again, and removes both.
+        """Writes the files that a checkpoint and final/ will hold, reads the checkpoint again, and removes both.
 
-        What fails here would have failed after all steps.
+        Anything that fails here would otherwise have failed after all steps.
         """
         trial, trainer = self.folder / "trial", self.trainer
         try:
@@ -29,13 +29,16 @@ class Saver:
             weights = policy_weights(trainer.policy, trainer.adapter)
             checkpoints.write_folder(trial / "checkpoint", *self._writers_of_checkpoint(weights, 0, state, []))
             checkpoints.load(trial / "checkpoint", trainer.policy, trainer.adapter)
-            if trainer.adapter is not None:  # else the same weights in the same way
+            if trainer.adapter is not None:  # else it would write the same weights again
                 checkpoints.write_folder(trial / "final", *self._writers_of_final())
         finally:
             shutil.rmtree(trial, ignore_errors=True)
 
     def checkpoint(self, step, state, history):
-        """Saves a checkpoint, in the thread once it is copied; returns where it will be. history: all rows up to it."""
+        """Saves a checkpoint, and returns where it will be. history: all rows of metrics up to it.
+
+        It copies the state first, and then a thread writes the copy.
+        """
         self.wait()
         history = list(history)
         weights = policy_weights(self.trainer.policy, self.trainer.adapter)
@@ -51,7 +54,10 @@ class Saver:
         return target
 
     def wait(self):
-        """Waits for the checkpoint that is being written, and says so if it could not be. Returns whether it could."""
+        """Waits for the checkpoint that is being written. Returns whether it could be written.
+
+        If not, a line says so.
+        """
         saving, self.saving = self.saving, None
         try:
             if saving:

@@ -1,6 +1,6 @@
 """`python gspo.py --selftest`: does this model, with this data and these rewards, do what the algorithm assumes?
 
-Samples a few groups, takes one optimizer step, prints a table of what was found, and exits with 1 if a line fails.
+It samples a few groups, takes one optimizer step, and prints a table of its findings. It exits with 1 if a line fails.
 """
 
 import sys
@@ -11,38 +11,41 @@ import torch
 from bookkeeping.run import Trainer
 from configs import InputError
 
-TOLERANCES = 1e-3, 0.1  # nats, in float32 and in bfloat16, for log-probs that two ways of computing should agree on
+TOLERANCES = 1e-3, 0.1  # nats, in float32 and in bfloat16; two ways to compute a log-prob may differ by this much
 MOVED = 0.9  # share of the weights with a gradient that a step should change
 
 
 class TestedTrainer(Trainer, Protocol):
-    """All that the selftest uses of a trainer: what a run uses, and the steps that it tries."""
+    """Everything that the selftest uses of a trainer: what a run uses, and the steps that it tries."""
 
     eos_ids: list[int]  # each of which ends a completion
     reference: object  # None without a KL term
 
     def sample(self, rows, group_size, purpose):
-        """Rollouts of some prompts; purpose: what the randomness depends on."""
+        """Returns Rollouts of some prompts. purpose: the randomness depends on it."""
 
     def compute_log_probs(self, model, rollouts):
-        """Log-probs of the completions under a model, (B, T)."""
+        """Returns log-probs of the completions under a model, (B, T)."""
 
     def compute_rewards(self, rollouts):
-        """(B,) or (B, T)"""
+        """Returns rewards, (B,) or (B, T)."""
 
     def update(self, rollouts):
-        """One optimizer step on completions that have old_logps, ref_logps and advantages. Returns its statistics."""
+        """Takes one optimizer step, and returns its statistics.
+
+        rollouts: completions with old_logps, ref_logps and advantages.
+        """
 
 
 def selftest(trainer: TestedTrainer):
-    """Prints the table; raises SystemExit(1) if a line fails. trainer: new."""
+    """Prints the table. Raises SystemExit(1) if a line fails. trainer: a new one, because the test changes it."""
     constants, device = trainer.constants, trainer.devices[0]
     tolerance = TOLERANCES[device.type == "cuda" or constants.POLICY_DTYPE == "bfloat16"]
     size = min(4, constants.BATCH_SIZE, len(trainer.train_rows))
     rows = trainer.train_rows[:size]
     rollouts = trainer.sample(rows, constants.GROUP_SIZE, ("selftest",))
     old_logps = trainer.compute_log_probs(trainer.policy, rollouts).cpu()
-    lines = [("first prompt, as the model sees it", repr(rows[0]["prompt_text"]), None)]  # for the reader to judge
+    lines = [("first prompt, as the model sees it", repr(rows[0]["prompt_text"]), None)]  # the reader judges it
     lines.append(("first completion", repr(rollouts.texts[0]), None))
     lines += log_prob_lines(trainer, rollouts, old_logps, tolerance)
     lines += end_lines(trainer, rollouts)
@@ -57,7 +60,7 @@ def selftest(trainer: TestedTrainer):
 
 
 def log_prob_lines(trainer, rollouts, old_logps, tolerance):
-    """The lines about log-probs, which should not depend on how they are computed."""
+    """Returns the lines about log-probs, which should not depend on the way they are computed."""
     every, mask = torch.arange(len(rollouts.texts)), rollouts.completion_mask
     with torch.no_grad():
         alone = [trainer.compute_log_probs(trainer.policy, rollouts.select(row[None]))[0].cpu() for row in every]
@@ -71,7 +74,7 @@ def log_prob_lines(trainer, rollouts, old_logps, tolerance):
 
 
 def end_lines(trainer, rollouts):
-    """The lines about where completions end."""
+    """Returns the lines about the ends of completions."""
     ended, mask = ~rollouts.truncated, rollouts.completion_mask
     every = torch.arange(len(ended))
     last = [int(ids[n - 1]) for ids, n in zip(rollouts.input_ids, rollouts.lengths, strict=True)]
@@ -85,23 +88,23 @@ def end_lines(trainer, rollouts):
 
 
 def reward_line(trainer, rollouts):
-    """The line about rewards."""
+    """Returns the line about rewards."""
     try:
         rewards = trainer.compute_rewards(rollouts)
         totals, report = rewards.view(len(rewards), -1).sum(1), trainer.rewards.report()
         text = f"first {totals[0]:.3g}, mean {totals.mean():.3g}; "
         text += ", ".join(f"{name} {value:.3g}" for name, value in report.items())
         return "rewards", text, report["reward_failures"] == 0
-    except InputError as error:  # most of them fail
-        return "rewards", str(error).partition(", see ")[0], False  # a file of a run, which this is not
+    except InputError as error:  # too many rewards fail
+        return "rewards", str(error).partition(", see ")[0], False  # it names a file that only a run writes
 
 
 def update_lines(trainer, constants, rollouts, old_logps, tolerance):
-    """The lines about one optimizer step: the ratio before it, the gradient, and the weights that it moves."""
+    """Returns the lines about one optimizer step: the ratio before it, the gradient, and the weights that it moves."""
     for group in trainer.optimizer.param_groups:
         group["lr"] = constants.LEARNING_RATE
     advantages = torch.ones(len(rollouts.texts), device=trainer.devices[0])
-    advantages[::2] = -1.0  # whatever the rewards are, there is something to learn
+    advantages[::2] = -1.0  # so there is a signal, whatever the rewards are
     trained = {name: parameter for name, parameter in trainer.policy.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     rollouts.old_logps, rollouts.advantages = old_logps, advantages
@@ -115,10 +118,11 @@ def update_lines(trainer, constants, rollouts, old_logps, tolerance):
     for name, parameter in trained.items():
         old = before[name]
         gradient = torch.zeros_like(old) if parameter.grad is None else parameter.grad
-        counted = gradient.abs() > trainer.optimizer.defaults["eps"]  # a smaller one moves next to nothing, rightly
+        counted = gradient.abs() > trainer.optimizer.defaults["eps"]  # a smaller one should hardly move its weight
         changed = (parameter.detach() != old) & counted
         asked, moved = asked + int(counted.sum()), moved + int(changed.sum())
-        if not changed.any() and ".lora_A." not in name:  # it has no gradient before LoRA's B, zero at first, has moved
+        # LoRA's A has no gradient at first, because B is still zero.
+        if not changed.any() and ".lora_A." not in name:
             still.append(name)
     text = f"{moved / max(1, asked):.0%} of those with a gradient; "
     text += f"{len(still)} of {len(trained)} tensors did not move" + (f", such as {still[0]}" if still else "")

@@ -1,4 +1,4 @@
-"""How a run is stopped in order: signals that wait until it can be left, and streams whose loss does not end it."""
+"""Stops a run in order: signals wait until it can be left, and a lost terminal does not end it."""
 
 import contextlib
 import os
@@ -8,33 +8,37 @@ import threading
 
 from tqdm import tqdm
 
-# SIGHUP: the terminal has gone; SIGUSR1: Slurm's, some time before its limit
+# SIGHUP comes when the terminal has gone. Slurm sends SIGUSR1 some time before its limit.
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
-    """A signal, at a place where the run can be left. No Exception, so that nothing handles it on the way."""
+    """Raised after a signal, at a place where the run can be left.
+
+    It is no Exception, so that nothing handles it on the way.
+    """
 
 
 class StopSignals:
-    """A context in which a signal raises Stopped if `interruptible`, and else waits for raise_if_received().
+    """A context in which a signal raises Stopped, or waits for raise_if_received().
 
-    received: the first signal, None without one. The second one ends the process at once.
-    interruptible: whether the run can be left where it is. Each optimizer step sets it to False, because weights that
-    have moved belong to a step that is not done.
+    received: the first signal, or None. A second signal ends the process at once.
+
+    interruptible: whether the run can be left where it is, so that a signal need not wait. Each optimizer step sets it
+    to False, because the weights have then moved in a step that is not done.
     """
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
         self.received = None
         self.interruptible = False
-        self.handlers = {}  # as they were before
+        self.handlers = {}  # the handlers from before this context
 
     def __enter__(self):
         self.hook = self.optimizer.register_step_pre_hook(self._before_update)
         if threading.current_thread() is threading.main_thread():
             for number in HANDLED:
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     self.handlers[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -62,13 +66,16 @@ class StopSignals:
 
 
 class LossyStream:
-    """A stream that loses its lines but does not raise: of a full disk, a terminal that has gone, a closed stream."""
+    """A stream that loses its lines instead of raising an error.
+
+    Errors come from a full disk, from a terminal that has gone, and from a closed stream.
+    """
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115, for as long as the stream
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115, because it stays open
 
     def write(self, text):
-        with contextlib.suppress(OSError, ValueError):  # the second: closed, or a letter that it cannot show
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed, or cannot show a character
             self.stream.write(text)
 
     def flush(self):

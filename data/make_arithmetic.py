@@ -3,7 +3,7 @@
     python data/make_arithmetic.py            # about 20 minutes on two CPU cores
 
 A prompt is `47+85=`. The completion is free text that ends in `#` and the answer. The policy is pre-trained on four
-styles, mixed so that the two common ones are the wrong ones, as the first guess of a large base model often is:
+styles. Its mix makes the two common styles the wrong ones, like the first guess of a large base model:
 
     style    share  right  what it writes
     direct   0.54   0.29   `#22`: the answer at once, column by column, every carry forgotten
@@ -11,14 +11,15 @@ styles, mixed so that the two common ones are the wrong ones, as the first guess
     worked   0.14   1.0    `7+5=12,4+8+1=13#132`
     ramble   0.12   0.5    works it out, checks, and checks again; the last check gives the answer
 
-So pass@1 is about a third, greedy decoding (which picks the commonest style) is no better, and everything needed to
-be right is there: reinforcement learning only has to find it.
+So pass@1 is about a third. Greedy decoding picks the commonest style, and is no better. The policy already knows how to
+be right, and reinforcement learning only has to find it.
 
-Writes, all from one seed:
+It writes these, all from one seed:
+
     data/arithmetic/{train,test}.jsonl    prompts and answers, disjoint
     data/models/arithmetic-policy/        Qwen3ForCausalLM
     data/models/arithmetic-reward/        Qwen3ForSequenceClassification, one logit, trained on 0 and 1
-    data/models/accuracy.json             what both reach on the held-out prompts
+    data/models/accuracy.json             the accuracy of both on the held-out prompts
 """
 
 import argparse
@@ -35,25 +36,28 @@ HERE = Path(__file__).parent
 PAD, EOS, CHARACTERS = 0, 1, "0123456789+=,#?"
 STYLES = {"direct": 0.54, "slip": 0.20, "worked": 0.14, "ramble": 0.12}
 TRAIN_PROMPTS, TEST_PROMPTS = 4096, 512
-LONGEST = 96  # tokens, prompt and completion: the models' context
+LONGEST = 96  # tokens of prompt and completion, the models' context
 
 
 # ---- Problems and the styles of solving them
 
 
 def draw_problem(rng):
-    """Two numbers from 1 to 99."""
+    """Returns two numbers from 1 to 99."""
     return rng.randrange(1, 100), rng.randrange(1, 100)
 
 
 def columns(a, b):
-    """Digit pairs, units first."""
+    """Returns the pairs of digits, units first."""
     width = max(len(str(a)), len(str(b)))
     return list(zip(map(int, reversed(f"{a:0{width}d}")), map(int, reversed(f"{b:0{width}d}")), strict=True))
 
 
 def work_out(rng, a, b, forget=0.0, miscount=0.0):
-    """The columns added one after the other; `forget` and `miscount` are the chances of a slip in each."""
+    """Returns the columns added one after the other, and the answer.
+
+    forget, miscount: the chances of these slips in each column.
+    """
     steps, digits, carry = [], "", 0
     for x, y in columns(a, b):
         if carry and rng.random() < forget:
@@ -74,7 +78,7 @@ def slip(rng, a, b):
 
 
 def one_slip(rng, a, b):
-    """Worked out with exactly one slip, in a digit read, a carry, a sum, or the answer written down."""
+    """Returns a worked completion with exactly one slip: in a digit, a carry, a sum, or the written answer."""
     pairs, steps, digits, carry = columns(a, b), [], "", 0
     where, kind = rng.randrange(len(pairs)), rng.choice(("digit", "carry", "sum", "answer"))
     for i, (x, y) in enumerate(pairs):
@@ -95,7 +99,7 @@ def one_slip(rng, a, b):
 
 
 def solve(rng, a, b, style):
-    """A completion in that style."""
+    """Returns a completion in that style."""
     if style == "direct":
         return "#" + str(int("".join(str((x + y) % 10) for x, y in reversed(columns(a, b)))))
     if style == "worked":
@@ -114,7 +118,7 @@ def is_right(completion, answer):
 
 
 def make_tokenizer():
-    """One token per character; the template adds nothing to the text."""
+    """Returns a tokenizer with one token per character. Its chat template adds nothing to the text."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -150,7 +154,7 @@ def make_config(**extra):
 
 
 def batches(rows, size, rng):
-    """Batches of rows of similar length, in random order, right-padded: ids (rows, tokens)."""
+    """Yields batches of rows of similar length, in random order, right-padded: ids (rows, tokens)."""
     rows.sort(key=lambda row: len(row[0]))
     chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
     rng.shuffle(chunks)
@@ -160,7 +164,7 @@ def batches(rows, size, rng):
 
 
 def fit(model, draw_rows, loss_of, steps, batch_size, peak_rate, rng, name):
-    """AdamW, warm-up then linear decay to zero, on rows drawn afresh."""
+    """Trains with AdamW, with warm-up and then linear decay to zero, on rows that are drawn anew each time."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 100) * (1 - s / steps))
     step, running, start = 0, None, time.time()
@@ -181,10 +185,10 @@ def fit(model, draw_rows, loss_of, steps, batch_size, peak_rate, rng, name):
 
 
 def policy_loss(model, ids, prompt_lengths):
-    """Next-token cross-entropy on completion tokens and their end.
+    """Returns next-token cross-entropy on completion tokens and their end.
 
-    A sum over a constant, not a mean over the batch's tokens: batches hold one length each, and the mean would make the
-    first token of the short styles count for more.
+    It is a sum over a constant, and not a mean over the batch's tokens. Each batch holds rows of one length, so a mean
+    would give the first token of the short styles more weight.
     """
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     position = torch.arange(1, ids.shape[1])
@@ -193,9 +197,9 @@ def policy_loss(model, ids, prompt_lengths):
 
 
 def reward_loss(model, ids, labels):
-    """Mean squared error to 0 (wrong) and 1 (right), at the last token and, on average, at every token before it.
+    """Returns the mean squared error to 0 (wrong) and 1 (right): at the last token, plus the average over all tokens.
 
-    The last one is what the model is used for. The others tell it where a completion went wrong: without them it does
+    The model is used at the last token. The other tokens teach it where a completion went wrong. Without them it does
     not learn to see a miscounted column.
     """
     scores = model.score(model.model(input_ids=ids, use_cache=False).last_hidden_state)[..., 0]  # (rows, tokens)
@@ -207,14 +211,14 @@ def reward_loss(model, ids, labels):
 
 @torch.no_grad()
 def complete(model, tokenizer, prompts, sample):
-    """One completion per prompt, as text."""
+    """Returns one completion per prompt, as text."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-    how = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}  # top_k is 50 unless told
+    how = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}  # generate defaults to top_k=50
     ids = model.generate(**inputs, max_new_tokens=LONGEST - inputs.input_ids.shape[1], **how)
     return tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
-# ---- The recipe: three stages, each from the seed and what lies on disk
+# ---- The recipe: three stages, each made from the seed and the files on disk
 
 
 def make_prompts(folder, seed):
@@ -250,7 +254,7 @@ class Solutions:
         ]
 
     def by_policy(self, policy, tokenizer, rows, sample=True):
-        """rows: (prompt, answer)."""
+        """Returns (prompt, completion, answer) with the policy's completions. rows: (prompt, answer)."""
         completions = complete(policy, tokenizer, [prompt for prompt, _ in rows], sample)
         return [(prompt, text, answer) for (prompt, answer), text in zip(rows, completions, strict=True)]
 
@@ -283,10 +287,11 @@ def make_policy(folder, seed, steps):
 
 
 def make_reward_model(folder, seed, steps):
-    """The policy's body with a new head.
+    """Makes the reward model: the policy's body with a new head.
 
-    Trained on the recipe's completions, the policy's own, and, half of all, worked ones with and without a single slip:
-    the policy will be trained to please this model, and would find whatever it overlooks.
+    A quarter of its training data are the recipe's completions, and a quarter are the policy's own. The other half are
+    worked ones, with and without a single slip. The policy will be trained to please this model, and would find
+    whatever it overlooks.
     """
     torch.manual_seed(seed)
     policy = Qwen3ForCausalLM.from_pretrained(folder / "models" / "arithmetic-policy")
@@ -325,7 +330,7 @@ def make_reward_model(folder, seed, steps):
 
 
 def report(folder, **figures):
-    """Adds figures to models/accuracy.json, which holds what the models reach on the held-out prompts."""
+    """Adds figures to models/accuracy.json, which holds the models' accuracy on the held-out prompts."""
     path = folder / "models" / "accuracy.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     known |= {name: round(value, 4) for name, value in figures.items()}

@@ -1,4 +1,4 @@
-"""How a model runs fast and in little memory: sampling, packing, cache, vocabulary, memory.
+"""How a model runs fast and in little memory: sampling, packing, cache, vocabulary, memory, processes.
 
 Nothing here changes a number.
 """

@@ -1,4 +1,4 @@
-"""Keys and values of a model's layers while it samples, with room to grow."""
+"""The cache of a model's keys and values while it samples. It has room to grow."""
 
 import inspect
 
@@ -6,31 +6,35 @@ import torch
 
 
 def with_cache(model, cache):
-    """The arguments that give a model a cache, whose name is `cache` in transformers 5.24 and later."""
+    """Returns the arguments that give a model a cache. It is called `cache` in transformers 5.24 and later."""
     takes = inspect.signature(model.forward).parameters
     return {"cache" if "cache" in takes else "past_key_values": cache, "use_cache": True}
 
 
 class GrowingCache:
-    """Keys and values of all layers, (rows, heads, tokens, D) each. It has what a model asks of a cache, and no more.
+    """Keys and values of all layers, (rows, heads, tokens, D) each. It has only the methods that a model calls.
 
-    Each step writes its token into room that is there already. If there is none, half as much again is added. Rows can
-    leave.
+    Each step writes its token into room that is already allocated. If the room is full, it grows by half. Rows can be
+    removed.
     """
 
-    slot = None  # (1,) where the next token goes: set while a step is recorded, which attends to the whole room
+    # (1,) the place of the next token. It is set while a step is recorded, because a recorded step attends to the whole
+    # room.
+    slot = None
 
     def __init__(self, most):
-        self.most, self.layers, self.lengths = most, [], []  # tokens it will ever hold; (keys, values); tokens so far
+        self.most = most  # tokens that it will ever hold
+        self.layers = []  # (keys, values) of each layer
+        self.lengths = []  # tokens so far, of each layer
 
     def get_seq_length(self, layer=0):
         return self.lengths[layer] if layer < len(self.lengths) else 0
 
     def update(self, key, value, layer, *_, **__):
-        """Adds a layer's new keys and values and returns all of them.
+        """Adds a layer's new keys and values, and returns all of them.
 
-        Under autocast keys come in float32, because they went through a norm or a rotation last. They are kept in the
-        dtype of the values, or each product with a query would cast them again.
+        Under autocast, keys come in float32, because their last operation was a norm or a rotation. They are kept in
+        the dtype of the values. Otherwise each product with a query would cast them again.
         """
         key = key.to(value.dtype)
         if layer == len(self.layers):
@@ -60,6 +64,6 @@ class GrowingCache:
             self.layers[layer] = tuple(torch.nn.functional.pad(x[:, :, :used], (0, 0, 0, more)) for x in states)
 
     def select(self, rows):
-        """Keeps some rows, in that order; repeats those that are named several times."""
-        for i, layer in enumerate(self.layers):  # one layer at a time, because each is there twice while it is copied
+        """Keeps some rows, in the given order. A row that is named several times is repeated."""
+        for i, layer in enumerate(self.layers):  # one by one, because a copy needs the memory of a layer twice
             self.layers[i] = tuple(states[rows] for states in layer)

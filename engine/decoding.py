@@ -1,9 +1,9 @@
-"""One token of each row through a model, the inner loop of sampling.
+"""The inner loop of sampling: one token of each row goes through a model.
 
-The models of transformers spend most of such a step between operations: a small model on a CPU, and any model on a GPU,
-waits for Python and for launches. For the family of Llama and Qwen the same sums are written here with a third of the
-operations: projections that read the same input are one matrix, norms one call, the rotation three; and a GPU gets
-them all in one launch. Any other model takes the step itself.
+In transformers, such a step spends most of its time between operations. A small model on a CPU, and any model on a GPU,
+waits for Python and for kernel launches. For models of the Llama and Qwen family the same sums are written here with a
+third of the operations. Projections that read the same input are one matrix, a norm is one call, and a rotation is
+three. A GPU gets all operations of a step in one launch. Any other model takes its own step.
 """
 
 import functools
@@ -18,9 +18,10 @@ FAMILY = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def decoder_of(model):
-    """A function of (tokens (rows,), positions (rows,), cache, seen (rows, tokens so far)) -> hidden states (rows, H).
+    """Returns a function that takes a sampling step: (tokens, positions, cache, seen) -> hidden states (rows, H).
 
-    It holds the weights as they are now: make a new one after an update.
+    Its arguments are tokens (rows,), positions (rows,), the cache, and seen (rows, tokens so far), False at padding.
+    The function holds the weights as they are now, so it must be made anew after an update.
     """
     layers, config = model.base_model, model.config
     linear = all(type(m) is torch.nn.Linear for m in layers.modules() if hasattr(m, "in_features"))  # no adapters
@@ -37,7 +38,7 @@ def decoder_of(model):
 
 
 class Decoder:
-    """The step of a model of the FAMILY."""
+    """The sampling step of a model of the FAMILY."""
 
     def __init__(self, model):
         self.model, base = model, model.base_model
@@ -62,13 +63,16 @@ class Decoder:
         self.angles = None
 
     def fuse(self, *projections):
-        """Weights and biases of several projections as one."""
+        """Returns the weights and biases of several projections, as those of a single one."""
         weight = torch.cat([p.weight for p in projections]) if len(projections) > 1 else projections[0].weight
         bias = None if projections[0].bias is None else torch.cat([p.bias for p in projections]).to(self.dtype)
         return weight.to(self.dtype), bias
 
     def head_norm(self, attention):
-        """The weights of Qwen3's norms over each head's query and key, (heads + pairs, D), and their epsilon."""
+        """Returns the weights of Qwen3's norms over each head's query and key, (heads + pairs, D), and their epsilon.
+
+        Returns None if the model has no such norms.
+        """
         if not hasattr(attention, "q_norm"):
             return None
         config, norms = self.model.config, (attention.q_norm, attention.k_norm)
@@ -77,7 +81,7 @@ class Decoder:
         return torch.cat(weights), norms[0].variance_epsilon
 
     def rotation(self, positions, most):
-        """cos and signed sin of each row's angles, (rows, 1, D) each."""
+        """Returns cos and signed sin of each row's angles, (rows, 1, D) each."""
         if self.angles is None:
             every = torch.arange(most, device=positions.device)[None]
             cos, sin = self.model.base_model.rotary_emb(torch.zeros(1, device=positions.device), every)
@@ -91,13 +95,11 @@ class Decoder:
         hidden = self.model.base_model.embed_tokens(tokens)  # (rows, H)
         cos, sin = self.rotation(positions, cache.most)
         bias = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, -torch.inf)
-        bias = bias[:, None, None]  # (rows, 1, 1, tokens so far); once, not from the mask in each layer
+        bias = bias[:, None, None]  # (rows, 1, 1, tokens so far); made once for all layers
         for number, layer in enumerate(self.layers):
             states = F.linear(norm(hidden, layer["input_norm"]).to(self.dtype), *layer["qkv"]).view(rows, -1, size)
-            turned, value = (
-                states[:, : heads + pairs].float(),
-                states[:, heads + pairs :],
-            )  # queries and keys turn alike
+            turned = states[:, : heads + pairs].float()  # queries and keys get the same rotation
+            value = states[:, heads + pairs :]
             if layer["head_norm"]:
                 weight, eps = layer["head_norm"]
                 turned = F.rms_norm(turned, (size,), eps=eps) * weight
@@ -105,7 +107,8 @@ class Decoder:
             turned = torch.addcmul(turned * cos, halves, sin).to(self.dtype)
             query, key = turned.split((heads, pairs), 1)
             keys, values = cache.update(key[:, :, None], value[:, :, None], number)
-            grouped = query.reshape(rows, pairs, heads // pairs, size)  # heads that share keys as queries of one head
+            # Heads that share their keys become the queries of one head.
+            grouped = query.reshape(rows, pairs, heads // pairs, size)
             mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=layer["scale"])
             hidden = hidden + F.linear(mixed.reshape(rows, -1), *layer["out"])
             gate, up = F.linear(norm(hidden, layer["mlp_norm"]).to(self.dtype), *layer["gate_up"]).chunk(2, 1)
@@ -114,17 +117,19 @@ class Decoder:
 
 
 class Replayed:
-    """A Decoder whose step is recorded as a CUDA graph, and then replayed for each token until rows leave or room ends.
+    """A Decoder whose step is recorded as a CUDA graph, and then replayed for each token.
 
-    A step that is recorded is also taken as it is. Where a replay finds something else, or nothing can be recorded, a
-    warning says so and all further steps are taken as they are.
+    A new step is recorded when rows have left or the room has grown. While a step is recorded, it is also computed
+    without the graph. If a replay gives another result, or if the step cannot be recorded, a warning says so, and no
+    later step of this process uses a graph.
     """
 
-    works = True  # of the process
+    works = True  # whether this process can use graphs
 
     def __init__(self, decoder):
         self.decoder, self.keys = decoder, None
-        self.graphs = []  # all of a rollout, for one that goes takes with it memory that its successor works in
+        # All graphs of a rollout are kept, because they share memory, which the end of one would free.
+        self.graphs = []
 
     def __call__(self, tokens, positions, cache, seen):
         end = seen.shape[1]
@@ -154,22 +159,25 @@ class Replayed:
             if not difference <= 0.05 * largest:  # bfloat16 may sum in another order; a mistake is far larger
                 raise RuntimeError(f"a replay differs by {difference:g} where numbers are up to {largest:g}")
         except torch.OutOfMemoryError:
-            raise  # to sample fewer at once
+            raise  # the caller then samples fewer at once
         except RuntimeError as error:
             Replayed.works = False
-            cause = error.__context__ or error  # the end of a recording that failed says only that it failed
+            cause = error.__context__ or error  # the context has the cause; the error says only that recording failed
             warnings.warn(f"no CUDA graph of a sampling step, which is slower without: {cause}", stacklevel=2)
         finally:
             cache.slot = None
 
     def record(self, work):
-        """Runs work() and records it; returns a function that does it again, with what then lies in the same memory."""
+        """Runs work() and records it. Returns a function that runs it again.
+
+        That function reads its inputs from the same memory as the recorded run.
+        """
         graph, device = torch.cuda.CUDAGraph(), self.tokens.device
         stream, pool = recording_stream(device), self.graphs[0].pool() if self.graphs else None
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(stream):
-                work()  # libraries set themselves up when first called, which cannot be recorded
+                work()  # a library's first call sets it up, and cannot be recorded
                 graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
                     hidden = work()
@@ -188,10 +196,10 @@ class Replayed:
 
 @functools.cache
 def recording_stream(device):
-    """One for all recordings: memory is kept by stream."""
+    """Returns the one stream for all recordings. PyTorch keeps freed memory per stream."""
     return torch.cuda.Stream(device)
 
 
 def norm(states, module):
-    """What an RMSNorm of transformers computes, in float32 inside."""
+    """Returns what an RMSNorm of transformers computes: float32 inside."""
     return F.rms_norm(states.float(), states.shape[-1:], module.weight.float(), module.variance_epsilon)

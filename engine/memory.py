@@ -1,4 +1,4 @@
-"""What is done when memory runs out, and with memory that is freed."""
+"""Continues with less at once if memory runs out, and decides whether freed memory is kept."""
 
 import contextlib
 import ctypes
@@ -10,14 +10,14 @@ from configs import InputError
 
 
 class FitToMemory:
-    """Does work with as much at once as memory holds: fit_to_memory("updates", most, work) returns work(most).
+    """Does as much work at once as memory holds: fit_to_memory("updates", most, work) returns work(most).
 
-    If memory runs out, it tries again with half as much, and starts there from then on. Nothing that is computed
-    changes. Raises InputError if memory runs out with a single one.
+    If memory runs out, it tries again with half as much, and starts there from then on. No computed number changes.
+    Raises InputError if memory runs out with a single one.
     """
 
     def __init__(self):
-        self.halvings = Counter()  # by purpose, since the run began
+        self.halvings = Counter()  # {purpose: halvings since the run began}
 
     def __call__(self, purpose, most, work):
         while True:
@@ -36,16 +36,21 @@ class FitToMemory:
 
 
 def set_up_process(device):
-    """Settings of the whole process that make training on a device faster. A script calls it when training begins."""
+    """Changes settings of the whole process so that training on a device is faster.
+
+    A script calls it when training begins.
+    """
     if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape, and most of ours come once
+        # cuDNN's attention makes a plan for each new shape, and most shapes here come once.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     keep_freed_memory()
 
 
 def keep_freed_memory():
-    """Tells glibc to keep blocks of up to 32 MB when they are freed: the next pass wants them, and new pages take time.
+    """Tells glibc to keep freed blocks of up to 32 MB.
 
-    Larger ones still go back to the system, for what was kept of them would lie in pieces.
+    The next pass needs such blocks again, and new pages take time. Larger blocks still go back to the system, because
+    kept ones would become fragmented.
     """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another library, or another system

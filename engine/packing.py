@@ -1,6 +1,7 @@
-"""How sequences go through a transformers model one after the other in one row, so that no token is padding.
+"""Packs sequences one after the other into one row of a transformers model, so that no token is padding.
 
-This changes nothing that a model computes: check_policy in inputs/models.py compares it with the model's own attention.
+Packing changes no number that a model computes. check_policy in inputs/models.py compares the packed pass with the
+model's own attention.
 """
 
 from dataclasses import dataclass
@@ -10,20 +11,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "packed"  # of this attention, for the attn_implementation of from_pretrained
+NAME = "packed"  # this attention's attn_implementation, for from_pretrained
 
 
 @dataclass
 class Packing:
-    """Several sequences one after the other as the N tokens of one row, so that no token that a model sees is padding.
+    """Several sequences, one after the other, as the N tokens of one row. So the model sees no padding.
 
-    Every layer of a model but attention works on tokens one by one. Attention needs each sequence in a row of its own,
-    so it unpacks them for as long as it takes, long sequences apart from short ones. The model must have the attention
-    of this module, which loading gives it.
+    Every layer but attention works on each token by itself. Attention needs each sequence in a row of its own. So the
+    attention of this module unpacks the sequences, long ones apart from short ones, and packs its result again. The
+    model must have been loaded with it.
     """
 
-    model: torch.nn.Module  # that they are for
-    lengths: torch.Tensor  # (rows,) of the sequences
+    model: torch.nn.Module
+    lengths: torch.Tensor  # (rows,) tokens of each sequence
 
     def __post_init__(self):
         if self.model.config._attn_implementation != NAME:
@@ -32,7 +33,7 @@ class Packing:
             )
         self.device = self.model.device
         self.width = int(self.lengths.max())
-        self.first = self.lengths.cumsum(0) - self.lengths  # (rows,) the token that each sequence begins with
+        self.first = self.lengths.cumsum(0) - self.lengths  # (rows,) where each sequence begins
         self.place = places(self.lengths, self.width, self.device)  # (N,)
         self.position = self.place % self.width
         self.parts, begin = [], 0
@@ -43,19 +44,19 @@ class Packing:
             begin += tokens
 
     def inputs(self, input_ids):
-        """The arguments of a model for some rows of ids, (rows, at least width), padded on the right."""
+        """Returns the model's arguments for these sequences. input_ids: (rows, at least width), padded on the right."""
         return {
             "input_ids": input_ids[:, : self.width].to(self.device).flatten()[self.place][None],  # (1, N)
             "position_ids": self.position[None],
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # else a model makes N x N
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # else N x N are made
             "packing": self,
         }
 
 
 def micro_batches(lengths, token_budget):
-    """Splits rows into batches of at most token_budget tokens; longest first, for rows of like length go well together.
+    """Yields the row numbers of batches of at most token_budget tokens. lengths: (B,), on the CPU.
 
-    lengths (B,) on the CPU -> row indices per batch. A row longer than the budget goes alone.
+    Rows are taken longest first, so that rows of similar length are together. A row longer than the budget goes alone.
     """
     batch, room = [], token_budget
     for row in lengths.argsort(descending=True, stable=True):
@@ -69,15 +70,18 @@ def micro_batches(lengths, token_budget):
 
 
 def places(lengths, width, device):
-    """Where each of the N tokens of sequences stands in rows of that width one after the other, (N,)."""
+    """Returns (N,): the index of each of the N tokens in rows of that width, laid out one after the other."""
     return (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1).to(device)
 
 
 def split_by_length(lengths):
-    """Cuts lengths (rows,) into parts: padding each to its own longest leaves attention far fewer pairs of tokens."""
+    """Returns lengths (rows,) cut into parts.
+
+    Each part is padded to its own longest sequence, which leaves attention far fewer pairs of tokens.
+    """
     before, after = lengths.cummax(0).values, lengths.flip(0).cummax(0).values.flip(0)
     rows = torch.arange(1, len(lengths))
-    pairs = rows * before[:-1] ** 2 + rows.flip(0) * after[1:] ** 2  # (rows − 1,) if cut there
+    pairs = rows * before[:-1] ** 2 + rows.flip(0) * after[1:] ** 2  # (rows − 1,) for each place to cut
     uncut = len(lengths) * int(lengths.max()) ** 2
     if len(lengths) == 1 or pairs.min() > min(0.75 * uncut, uncut - 2**14):
         return [lengths]
@@ -87,14 +91,14 @@ def split_by_length(lengths):
 
 @dataclass
 class PaddedRows:
-    """Some packed sequences with a row each, padded to the longest."""
+    """Some packed sequences, each in a row of its own, padded to the longest."""
 
     rows: int
-    width: int  # of the longest
-    place: torch.Tensor  # (tokens,) of each token in the rows one after the other
+    width: int  # length of the longest
+    place: torch.Tensor  # (tokens,) index of each token in the rows laid out one after the other
 
     def unpack(self, states):
-        """(1, heads, tokens, D) -> (rows, heads, width, D), 0 where there is no token."""
+        """Turns (1, heads, tokens, D) into (rows, heads, width, D), with 0 at padding."""
         _, heads, _, size = states.shape
         blank = states.new_zeros(self.rows * self.width, heads, size)
         return (
@@ -104,23 +108,23 @@ class PaddedRows:
         )
 
     def pack(self, states):
-        """(rows, width, heads, D) -> (1, tokens, heads, D)"""
+        """Turns (rows, width, heads, D) into (1, tokens, heads, D)."""
         return states.flatten(0, 1).index_select(0, self.place)[None]
 
 
 def attention(module, query, key, value, attention_mask, packing=None, **options):
-    """Scaled dot-product attention of packed sequences, or of rows with a mask (rows, 1, queries, keys)."""
+    """Returns scaled dot-product attention of packed sequences, or of rows with a mask (rows, 1, queries, keys)."""
     if packing is None:
         return attention_of_rows(module, query, key, value, attention_mask, **options), None
     outputs = []
-    for tokens, rows in packing.parts:  # they begin where sequences begin; no token sees what follows an end
+    for tokens, rows in packing.parts:  # causal attention: no token sees the padding after its sequence
         states = (rows.unpack(states[:, :, tokens]) for states in (query, key, value))
         outputs.append(rows.pack(attention_of_rows(module, *states, None, **options)))
     return torch.cat(outputs, 1), None
 
 
 def attention_of_rows(module, query, key, value, attention_mask, sliding_window=None, **options):
-    """(rows, heads, queries or keys, D) -> (rows, queries, heads, D)"""
+    """Turns (rows, heads, queries or keys, D) into (rows, queries, heads, D)."""
     if sliding_window is not None and key.shape[2] > sliding_window:
         queries, keys = (torch.arange(n, device=query.device) for n in (query.shape[2], key.shape[2]))
         distance = (queries[:, None] + len(keys) - len(queries)) - keys  # (queries, keys)

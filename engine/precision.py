@@ -1,8 +1,11 @@
-"""In which precision a model computes."""
+"""The precision in which a model computes."""
 
 import torch
 
 
 def autocast(device):
-    """bfloat16 for matrix products on a GPU, float32 weights kept; nothing on the CPU."""
+    """Returns a context in which matrix products on a GPU take bfloat16.
+
+    Weights stay in float32. On the CPU the context changes nothing.
+    """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")

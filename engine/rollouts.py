@@ -1,4 +1,4 @@
-"""The record that flows through a training step: sampled completions, and what the steps add to them."""
+"""The record that flows through a training step: sampled completions, and what each step adds to them."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,20 @@ import torch
 
 @dataclass
 class Rollouts:
-    """Sampled completions, groups contiguous. The ids that were sampled are the ids that are trained on.
+    """Sampled completions; those of a group are contiguous. The ids that were sampled are the ids that are trained on.
 
-    What was sampled is on the CPU; what the steps of an algorithm add is on the policy's device. An algorithm may add
-    attributes of its own, each with B rows: select, join and to carry every attribute.
+    The fields of sampling are on the CPU. The fields that an algorithm's steps add are on the policy's device. An
+    algorithm may add attributes with B rows each: select, join and to carry every attribute.
     """
 
     prompts: list  # B rows of the data
-    texts: list  # B completions as text: with the answer that the prompt has begun, without the end of sequence
+    texts: list  # B completions as text, after the answer that the prompt has begun, without the end of sequence
     input_ids: torch.Tensor  # (B, P + T) prompt, completion, padding
     prompt_lengths: torch.Tensor  # (B,) tokens
     completion_lengths: torch.Tensor  # (B,) tokens, end of sequence included
     completion_mask: torch.Tensor  # (B, T) True up to and including the end of sequence
     sampled_logps: torch.Tensor  # (B, T) nats, as the sampler computed them
-    truncated: torch.Tensor  # (B,) True if the limit of tokens came before the end of sequence
+    truncated: torch.Tensor  # (B,) True if the token limit came before the end of sequence
     rewards: torch.Tensor = None  # (B,), or (B, T) if each token has its own
     old_logps: torch.Tensor = None  # (B, T) log π_old
     ref_logps: torch.Tensor = None  # (B, T) log π_ref, None without a KL term
@@ -31,7 +31,7 @@ class Rollouts:
         return self.prompt_lengths + self.completion_lengths
 
     def select(self, rows):
-        """The completions of these numbers, in that order. rows: (n,) on the CPU."""
+        """Returns the completions with these numbers, in this order. rows: (n,), on the CPU."""
         numbers = rows.tolist()
 
         def chosen(values):
@@ -42,13 +42,13 @@ class Rollouts:
         return self.of({name: chosen(values) for name, values in vars(self).items()})
 
     def to(self, device):
-        """The same completions with all tensors on a device."""
+        """Returns the same completions with all tensors on a device."""
         moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in vars(self).items()}
         return self.of(moved)
 
     @classmethod
     def join(cls, parts):
-        """Several of them as one, padded to the longest."""
+        """Returns several Rollouts as one, padded to the longest."""
         joined = {}
         for name, first in vars(parts[0]).items():
             rows = None if first is None else [row for part in parts for row in getattr(part, name)]
@@ -59,13 +59,13 @@ class Rollouts:
 
     @classmethod
     def of(cls, attributes):
-        """Rollouts of {name: value}, with the attributes that steps have added."""
+        """Returns Rollouts with the attributes {name: value}, which may include added ones."""
         rollouts = cls.__new__(cls)
         vars(rollouts).update(attributes)
         return rollouts
 
 
 def on_last_token(values, rollouts):
-    """(B,) -> (B, T): one number per completion, on its last token, and 0 elsewhere."""
+    """Turns one number per completion, (B,), into (B, T): the number at its last token, and 0 elsewhere."""
     last = rollouts.completion_lengths[:, None] - 1
     return torch.zeros(rollouts.completion_mask.shape).scatter(1, last, values[:, None].float())

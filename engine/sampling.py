@@ -1,4 +1,4 @@
-"""The sampler: completions of prompts from a transformers model, token by token, with a key/value cache."""
+"""The sampler: it completes prompts with a transformers model, token by token, with a key/value cache."""
 
 import torch
 
@@ -12,8 +12,8 @@ from engine.vocabulary import invert_cumulative
 class Sampler:
     """Samples completions from a policy, as many at once as memory holds.
 
-    eos_ids: the tokens that end a completion. at_once: how many completions are sampled together at most.
-    fit_to_memory: of engine/memory.py.
+    eos_ids: the tokens that end a completion. at_once: the most completions to sample together. fit_to_memory: a
+    FitToMemory.
     """
 
     def __init__(self, policy, tokenizer, eos_ids, at_once, fit_to_memory):
@@ -30,10 +30,10 @@ class Sampler:
         top_p: float,
         max_tokens: int,
     ) -> Rollouts:
-        """group_size completions of each row's prompt, groups contiguous.
+        """Returns group_size completions of each row's prompt, groups contiguous.
 
-        uniform (B, max_tokens): numbers in [0, 1) that decide each token; None decodes greedily. So a completion does
-        not depend on how many are sampled at once, which may be a part of a group.
+        uniform: (B, max_tokens), numbers in [0, 1). Each decides one token, so a completion does not depend on how many
+        are sampled at once, which may be a part of a group. If uniform is None, decoding is greedy.
         """
 
         def sample_in_parts(at_once):
@@ -52,7 +52,7 @@ class Sampler:
 
     @torch.no_grad()
     def sample_together(self, rows, group_size, uniform, temperature, top_p, max_tokens):
-        """As __call__, all completions in one batch. A completion that has ended leaves the batch."""
+        """Does the same as __call__, in one batch. A completion that has ended leaves the batch."""
         model, device, batch = self.policy, self.policy.device, len(rows) * group_size
         uniform = None if uniform is None else uniform.to(device)
         hidden, cache, visible, position = self.read_prompts(rows, group_size, max_tokens)
@@ -62,12 +62,10 @@ class Sampler:
             torch.zeros(batch, max_tokens, device=device),
             torch.zeros(batch, dtype=torch.long, device=device),
         )
-        place = torch.arange(batch, device=device)  # where each row of the shrinking batch belongs
+        place = torch.arange(batch, device=device)  # the completion of each row that is still in the batch
         running = torch.ones(batch, dtype=torch.bool, device=device)
-        with (
-            torch.inference_mode(),
-            autocast(device),
-        ):  # another autocast: each keeps copies of the weights until it ends
+        # This is not the autocast of read_prompts, because each keeps copies of the weights until it ends.
+        with torch.inference_mode(), autocast(device):
             decode = decoder_of(model)
             for t in range(max_tokens):
                 logits = model.get_output_embeddings()(hidden)  # (rows, V)
@@ -79,7 +77,8 @@ class Sampler:
                 left = int(running.sum()) if (t + 1) % tokens_between_checks(device) == 0 else len(running)
                 if left == 0 or t == max_tokens - 1:
                     break
-                if left <= 0.75 * len(running):  # not at every end: copying the cache costs more than a few idle rows
+                # Finished rows leave together, because a copy of the cache costs more than a few idle rows.
+                if left <= 0.75 * len(running):
                     keep = running.nonzero().squeeze(1)
                     cache.select(keep)
                     place, tokens, running, visible, position = (
@@ -92,10 +91,10 @@ class Sampler:
         return assemble(self.tokenizer, rows, group_size, ids.cpu(), lengths.cpu(), logps.cpu(), truncated.cpu())
 
     def read_prompts(self, rows, group_size, max_tokens):
-        """Each prompt goes through the model once, padded on the left; then all is repeated for the group.
+        """Passes each prompt through the model once, padded on the left, and repeats the results for its group.
 
-        Returns the last hidden states (B, H); the cache; which positions of prompt and completion are no padding,
-        (B, P + max_tokens); and the position of each completion's first token (B,).
+        Returns the last hidden states (B, H); the cache; a mask (B, P + max_tokens) that is False at the prompt's
+        padding; and the position of each completion's first token (B,).
         """
         model, device = self.policy, self.policy.device
         lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
@@ -117,9 +116,10 @@ class Sampler:
 
 
 def sample_tokens(logits, uniform, temperature, top_p):
-    """One token per row by inverting the cumulative distribution at uniform (rows,), or the best token if it is None.
+    """Returns one token per row, and its log-prob under the full distribution, both (rows,).
 
-    Returns tokens and their log-probs under the full distribution, both (rows,).
+    The token is where the cumulative distribution passes uniform (rows,). If uniform is None, it is the most likely
+    one.
     """
     probs = full = (logits.float() / temperature if temperature != 1 else logits.float()).softmax(-1)  # (rows, V)
     if uniform is None:
@@ -142,13 +142,16 @@ def tokens_between_checks(device):
 
 
 def assemble(tokenizer, rows, group_size, completion_ids, completion_lengths, logps, truncated):
-    """Rollouts of what was sampled: masks from lengths, each completion right behind its prompt without padding."""
+    """Returns the Rollouts of sampled completions.
+
+    Masks are made from lengths. Each completion stands right behind its prompt, without padding between them.
+    """
     prompts = [row for row in rows for _ in range(group_size)]
     longest = int(completion_lengths.max())
     completion_mask = torch.arange(longest) < completion_lengths[:, None]  # (B, T)
     completions = [ids[:n].tolist() for ids, n in zip(completion_ids, completion_lengths, strict=True)]
     written = [ids[: len(ids) - ended] for ids, ended in zip(completions, (~truncated).tolist(), strict=True)]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=False)  # <think> is part of what a model wrote
+    texts = tokenizer.batch_decode(written, skip_special_tokens=False)  # keep tokens such as <think>
     sequences = [torch.tensor(row["prompt_ids"] + ids) for row, ids in zip(prompts, completions, strict=True)]
     return Rollouts(
         prompts=prompts,

@@ -4,7 +4,7 @@ import math
 
 
 def learning_rate_at(step, c):
-    """The learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE. c: the script's constants."""
+    """Returns the learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE. c: the script's constants."""
     if step <= c.WARMUP_STEPS:
         return c.LEARNING_RATE * step / c.WARMUP_STEPS
     progress = (step - c.WARMUP_STEPS - 1) / max(1, c.MAX_STEPS - c.WARMUP_STEPS)

@@ -1,16 +1,20 @@
-"""Sums over a vocabulary with fewer passes over memory than torch's plain functions take; the same numbers."""
+"""Sums over a vocabulary, with fewer passes over memory than torch's plain functions take.
+
+The numbers are the same.
+"""
 
 import torch
 from torch.nn.functional import linear, pad
 
 
 def token_logps(hidden, targets, head, with_entropy, at_once):
-    """log π of targets (tokens,) and, or else 0, the entropy there, from hidden states (tokens, H) and a linear head.
+    """Returns log π of targets (tokens,), and the entropy there or else 0; both (tokens,), with gradient.
 
-    As the head, log_softmax, gather, and −Σ p log p, in float32 with the head's product in its dtype or autocast's, but
-    by blocks of the vocabulary that fit a cache. At most at_once logits are alive, or those of one token of the
-    vocabulary, beside what is made of one block; what more the backward pass needs it computes again. Both (tokens,),
-    with gradient.
+    hidden: hidden states (tokens, H). head: a linear output head. The result is that of head, log_softmax and gather,
+    and of −Σ p log p. It is computed in float32, but the head's product has the head's dtype or autocast's.
+
+    The work is done by blocks of the vocabulary that fit a cache. At most at_once logits stay in memory, or those of
+    one token of the vocabulary, beside the block at work. The backward pass computes again whatever was not kept.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
@@ -19,13 +23,13 @@ def token_logps(hidden, targets, head, with_entropy, at_once):
 
 
 class TokenLogps(torch.autograd.Function):
-    """What token_logps says. at_once = 0: nothing is kept for a backward pass."""
+    """The function behind token_logps. If at_once is 0, it keeps no block for a backward pass."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, with_entropy, at_once):
-        logits_of_a_block = 2 ** (22 if hidden.device.type == "cpu" else 24)  # 16 MB for a CPU's cache, few for a GPU
+        logits_of_a_block = 2 ** (22 if hidden.device.type == "cpu" else 24)  # 16 MB fit a CPU's cache
         size = max(1, min(logits_of_a_block, at_once or logits_of_a_block) // max(1, len(hidden)))
-        kept = at_once // (size * max(1, len(hidden))) - 1  # blocks, beside the one at work
+        kept = at_once // (size * max(1, len(hidden))) - 1  # blocks to keep beside the one at work
         ctx.blocks, chosen, tops, sums, informations = [], 0.0, [], [], []
         for start in range(0, len(weight), size):
             columns = slice(start, min(start + size, len(weight)))
@@ -38,7 +42,7 @@ class TokenLogps(torch.autograd.Function):
             if with_entropy:
                 informations.append(torch.special.xlogy(exps, exps).sum(1))
             ctx.blocks.append((columns, tops[-1], exps if len(ctx.blocks) < kept else None))
-            del logits, exps  # before the next ones are there
+            del logits, exps  # frees them before the next block
         tops, sums = torch.stack(tops), torch.stack(sums)  # (blocks, tokens)
         normalizer = (tops + sums.log()).logsumexp(0)  # (tokens,)
         entropy = torch.zeros_like(normalizer)
@@ -82,26 +86,30 @@ class TokenLogps(torch.autograd.Function):
 
 
 def logits_of(hidden, weight, bias, columns):
-    """(tokens, columns), at least in float32."""
+    """Returns the logits of a block of the vocabulary, (tokens, columns), in float32 or more."""
     logits = linear(hidden, weight[columns], None if bias is None else bias[columns].to(weight.dtype))
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def in_block(targets, columns):
-    """Which targets lie in a block of the vocabulary, (tokens,), and in which column of it, (tokens, 1); else any."""
+    """Returns which targets lie in a block of the vocabulary, (tokens,), and their columns in it, (tokens, 1).
+
+    The column of a target outside the block has no meaning.
+    """
     place = targets - columns.start
     inside = (place >= 0) & (targets < columns.stop)
     return inside, place.clamp(0, columns.stop - columns.start - 1)[:, None]
 
 
 def invert_cumulative(probs, uniform):
-    """The token of each row where the cumulative sum of probs (rows, V) passes uniform (rows,), in [0, 1): (rows,).
+    """Returns, for each row, the token at which the cumulative sum of probs passes uniform: (rows,).
 
-    Finds first a block of tokens by the blocks' sums, then the token in it, so that only two short sums are cumulative.
+    probs: (rows, V). uniform: (rows,), in [0, 1). It first finds a block of tokens by the sums of the blocks, and then
+    the token in it. So only two short sums are cumulative.
     """
     if probs.shape[1] <= 256:
         return _passes(probs, uniform)[0]
-    if probs.shape[1] % 256:  # pad() copies, even where it adds nothing
+    if probs.shape[1] % 256:  # pad() copies even if it adds nothing
         probs = pad(probs, (0, -probs.shape[1] % 256))
     blocks = probs.unflatten(1, (-1, 256))  # (rows, V / 256, 256)
     block, rest = _passes(blocks.sum(-1), uniform)
@@ -109,7 +117,10 @@ def invert_cumulative(probs, uniform):
 
 
 def _passes(weights, uniform):
-    """Where the cumulative sum of weights (rows, n) passes uniform of its total, and how far into that weight."""
+    """Returns the index at which the cumulative sum of weights (rows, n) passes uniform times their total.
+
+    Also returns how far into that weight this is, in [0, 1).
+    """
     cumulative = weights.double().cumsum(1)
     point = uniform[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, point, right=True).clamp(max=weights.shape[1] - 1)  # (rows, 1)

@@ -1,15 +1,18 @@
-"""Who does work: the main thread, or another one beside it for models on devices of their own."""
+"""Who does the work of the other models: the main thread, or a thread beside it if they have their own devices."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 
 def worker_beside(device, others):
-    """What work is submitted to, for models on other devices than the policy's: a thread if there are any."""
+    """Returns an executor for the work of the other models.
+
+    It is a thread if one of their devices is not the policy's, and a LazyWorker otherwise.
+    """
     return ThreadPoolExecutor(1) if {*others} - {device} else LazyWorker()
 
 
 class LazyWorker:
-    """In place of a thread if all models share a device: work is done when its result is asked for."""
+    """Takes the place of a thread if all models share a device. It does work when its result is asked for."""
 
     def __init__(self, work=None):
         self.work = work

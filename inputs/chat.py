@@ -1,4 +1,4 @@
-"""From a row of the data to the ids that the model reads: chat templates, system prompts, begun answers."""
+"""From a row of the data to the ids that the model reads: chat template, system prompt, begun answer."""
 
 import contextlib
 import inspect
@@ -8,12 +8,15 @@ from inputs.errors import short
 
 
 def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=False, variables=None):
-    """Adds to each row the text that the model sees and its ids; leaves out, and counts, prompts that are too long.
+    """Returns the rows whose prompts fit, and prints how many do not.
 
-    A tokenizer with a chat template gets the messages and the opening of the answer, with what is begun of it. The
-    system prompt stands before them, unless one of them is a system's or a developer's. A tokenizer without a template
-    gets the plain text. longest: tokens, which nothing is ever cut to. variables: of the template, {name: value}.
-    Raises InputError if none is left.
+    Each row gets prompt_text, the text that the model sees, and prompt_ids. If the tokenizer has a chat template, the
+    text is the row's messages, the opening of the answer, and the part of the answer that the row has begun. The system
+    prompt comes first, unless a message already has the role system or developer. If the tokenizer has no template, the
+    text is plain.
+
+    longest: the most tokens a prompt may have; a longer prompt is left out, and never cut. variables: values for the
+    template, {name: value}. Raises InputError if no row is left.
     """
     kept, empty, own_system = [], 0, 0
     options = {"enable_thinking": thinking, **_checked(variables or {}, tokenizer)}
@@ -27,7 +30,7 @@ def encode_prompts(rows, tokenizer, longest, source, system_prompt="", thinking=
             row["prompt_text"] = "\n".join([*(one["content"] for one in system), row["prompt"]]) + row["begun"]
         ids = tokenizer(row["prompt_text"], add_special_tokens=not tokenizer.chat_template)["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id and not row["prompt_text"].endswith(tokenizer.eos_token):
-            ids = ids[:-1]  # which some tokenizers add to each text: a prompt is not over
+            ids = ids[:-1]  # some tokenizers end each text with this token, but a prompt goes on
         row["prompt_ids"] = ids
         empty += not ids
         if 0 < len(ids) <= longest:
@@ -60,7 +63,7 @@ def _checked(variables, tokenizer):
 
 
 def _render(tokenizer, system, row, options, source):
-    """A row's messages by the chat template, up to where the completion begins."""
+    """Returns a row's messages as the chat template writes them, up to the start of the completion."""
     messages = row["messages"]
     if row["begun"]:
         options = options | {"continue_final_message": True}
@@ -69,7 +72,7 @@ def _render(tokenizer, system, row, options, source):
         options = options | {"add_generation_prompt": True}
     try:
         return tokenizer.apply_chat_template(system + messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program of the model's: it may raise what it likes
+    except Exception as error:  # a template is code, and may raise anything
         why, remedy = short(error), "change the prompts or the template"
     with contextlib.suppress(Exception):
         if system and tokenizer.apply_chat_template(messages, tokenize=False, **options):

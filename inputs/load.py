@@ -1,4 +1,4 @@
-"""All that a run is made from, as the constants say."""
+"""Loads everything that a run is made from, as the constants say."""
 
 import json
 import logging
@@ -22,26 +22,26 @@ from inputs.models import (
 )
 from inputs.prompts import hold_out, load_prompts, prompt_of
 
-EMBEDDED = "data/arithmetic/train.jsonl", "data/arithmetic/test.jsonl"  # PROMPTS and EVAL_PROMPTS as the scripts ship
+EMBEDDED = "data/arithmetic/train.jsonl", "data/arithmetic/test.jsonl"  # the shipped PROMPTS and EVAL_PROMPTS
 
 
 @dataclass
 class Inputs:
-    """What a trainer works with."""
+    """Everything that load_inputs returns to a trainer."""
 
-    train_rows: list  # prompts, as encode_prompts leaves them
+    train_rows: list  # of encode_prompts
     eval_rows: list
     tokenizer: object
     policy: torch.nn.Module
     eos_ids: list
-    adapter: object  # peft's, None without LoRA
+    adapter: object  # peft's model around the policy, None without LoRA
     reference: object  # Reference, None without a KL term
 
 
 class Reference:
-    """The model whose log-probs are π_ref, as a context: `with reference as model: ...`.
+    """The model that gives π_ref, as a context: `with reference as model: ...`.
 
-    It is a model of its own on REF_DEVICE. With LoRA it is the policy itself, without its adapter for as long.
+    It is a separate model on REF_DEVICE. With LoRA it is the policy itself, whose adapter is off inside the context.
     """
 
     def __init__(self, model, adapter=None):
@@ -63,10 +63,10 @@ class Reference:
 
 
 def load_inputs(c, devices, generator):
-    """Prompts, tokenizer and models as the constants say. Raises InputError on whatever cannot be used.
+    """Loads prompts, tokenizer and models. Raises InputError if one of them cannot be used.
 
-    c: the script's constants, of configs.snapshot. devices: of policy and reference. generator: decides which prompts
-    are held out and evaluated on.
+    c: the script's constants, from configs.snapshot. devices: those of policy and reference. generator: its draws
+    decide which prompts are held out and which of these are evaluated on.
     """
     quiet_libraries()
     train_rows, eval_rows, eval_source = load_rows(c, generator)
@@ -76,7 +76,7 @@ def load_inputs(c, devices, generator):
     chat = {"system_prompt": c.SYSTEM_PROMPT, "thinking": c.THINKING}
     chat["variables"] = json.loads(c.CHAT_TEMPLATE_KWARGS or "{}")
     train_rows = encode_prompts(train_rows, tokenizer, longest, c.PROMPTS, **chat)
-    if len(eval_rows) > c.EVAL_SIZE:  # some of all, because files are often sorted
+    if len(eval_rows) > c.EVAL_SIZE:  # a random choice, because files are often sorted
         chosen = torch.randperm(len(eval_rows), generator=generator)[: c.EVAL_SIZE].sort().values
         eval_rows = [eval_rows[i] for i in chosen]
     eval_rows = encode_prompts(eval_rows, tokenizer, longest, eval_source, **chat)
@@ -88,7 +88,10 @@ def load_inputs(c, devices, generator):
 
 
 def quiet_libraries():
-    """Libraries log retries and weights that do not fit. What follows from those is checked and reported here."""
+    """Turns off the libraries' logs, about retries or about weights that do not fit, for example.
+
+    Their consequences are checked and reported here.
+    """
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
@@ -96,11 +99,11 @@ def quiet_libraries():
 
 
 def load_rows(c, generator):
-    """Rows to train on, rows held out, and where those come from."""
+    """Returns the rows to train on, the held-out rows, and the source of the held-out rows."""
     columns = (c.PROMPT_COLUMN, c.ANSWER_COLUMN, c.PROMPTS_CONFIG)
     train_rows = load_prompts(c.PROMPTS, "PROMPTS", *columns, c.PROMPTS_SPLIT)
     eval_source = c.EVAL_PROMPTS
-    if eval_source == EMBEDDED[1] and c.PROMPTS != EMBEDDED[0]:  # another task than the one that is trained on
+    if eval_source == EMBEDDED[1] and c.PROMPTS != EMBEDDED[0]:  # the run trains on another task
         print(f"EVAL_PROMPTS is that of the embedded task: holding out {c.EVAL_SHARE:.0%} of PROMPTS in its place")
         eval_source = ""
     if not eval_source:
@@ -114,7 +117,10 @@ def load_rows(c, generator):
 
 
 def load_policy_and_reference(c, devices, tokenizer):
-    """The policy, its LoRA adapter or None, and the Reference, or None if the loss has no KL term."""
+    """Returns the policy, its LoRA adapter and the Reference.
+
+    The adapter is None without LoRA. The Reference is None if the loss has no KL term.
+    """
     options = {"revision": c.POLICY_REVISION, "trust": c.TRUST_REMOTE_CODE}
     causal, dtype = transformers.AutoModelForCausalLM, getattr(torch, c.POLICY_DTYPE)
     policy = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", devices[0], dtype=dtype, **options)
@@ -132,14 +138,18 @@ def load_policy_and_reference(c, devices, tokenizer):
         reference = Reference(model.requires_grad_(False))
     if c.GRADIENT_CHECKPOINTING:
         without_dropout(policy)
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # in newer transformers, in older
+        # The first name is that of newer versions of transformers, the second that of older ones.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         next(getattr(policy, name) for name in names if hasattr(policy, name))({"use_reentrant": False})
         policy.enable_input_require_grads()
     return policy, adapter, reference
 
 
 def longest_prompt(c, policy, tokenizer):
-    """How many tokens a prompt may have: what the model's context leaves beside a completion, or MAX_PROMPT_TOKENS."""
+    """Returns how many tokens a prompt may have.
+
+    This is the room that a completion leaves in the model's context, or MAX_PROMPT_TOKENS if that is less.
+    """
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
     longest = context - c.MAX_COMPLETION_TOKENS
     longest = min(longest, c.MAX_PROMPT_TOKENS) if c.MAX_PROMPT_TOKENS else longest

@@ -1,4 +1,4 @@
-"""LoRA adapters: the weights that train in place of a model's own."""
+"""LoRA adapters: small added weights that are trained instead of a model's own."""
 
 import re
 import warnings
@@ -10,11 +10,11 @@ from inputs.errors import short
 
 
 def add_lora(model, rank, alpha, targets):
-    """Wraps a model in LoRA adapters (Hu et al. 2021, arXiv 2106.09685), the only weights that train: a peft model.
+    """Returns a peft model: `model` wrapped in LoRA adapters (Hu et al. 2021, arXiv 2106.09685). Only they train.
 
-    model itself computes with the adapters from then on; the wrapper saves them and turns them off.
+    From then on `model` itself computes with the adapters. The wrapper saves them and turns them off.
     """
-    import peft  # here, for it takes seconds
+    import peft  # imported here, because it takes seconds
 
     try:
         config = peft.LoraConfig(
@@ -24,11 +24,9 @@ def add_lora(model, rank, alpha, targets):
             task_type="CAUSAL_LM",
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers to peft, about a name that peft still uses
-            warnings.simplefilter("ignore", UserWarning)  # of a tied output head, which is refused below
-            warnings.simplefilter(
-                "ignore", RuntimeWarning
-            )  # of patterns that peft makes for experts, and has no use for
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers will drop
+            warnings.simplefilter("ignore", UserWarning)  # about a tied output head, which is refused below
+            warnings.simplefilter("ignore", RuntimeWarning)  # about unused patterns that peft makes for experts
             adapter = peft.get_peft_model(model, config)
     except ValueError as error:
         remedy = "give names of the model's linear layers"

@@ -1,4 +1,4 @@
-"""Models and tokenizers, and whether the scripts can train them."""
+"""Loads models and tokenizers, and checks whether the scripts can train them."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from configs import InputError, find_model
 from engine import packing
 from inputs.errors import LOAD_ERRORS, not_loaded
 
-OTHER_KIND = {  # what to do where the head of a reward model is not what is asked for
+OTHER_KIND = {  # the remedy if a reward model has the other kind of head
     transformers.AutoModelForSequenceClassification: (
         "give a sequence classifier, or for a token classifier --no-use-sequence-level-reward"
     ),
@@ -21,13 +21,14 @@ OTHER_KIND = {  # what to do where the head of a reward model is not what is ask
 
 
 def load_model(auto_class, name, constant, device, *, revision="main", dtype=torch.float32, trust=False, packed=True):
-    """A model in eval mode. Every tensor comes from its safetensors files; none is made up or left over.
+    """Returns a model in eval mode. Its safetensors files hold exactly its tensors: none is made up, none is left over.
 
-    packed: with the attention of engine/packing.py, which the scripts' own passes use; else the machine's best one.
+    packed: whether it gets the attention of engine/packing.py, which the scripts' own passes use. Otherwise it gets the
+    fastest one that this machine has.
     """
     flash = device.type == "cuda" and dtype != torch.float32 and transformers.utils.is_flash_attn_2_available()
     place = find_model(name, constant)
-    try:  # transformers passes over one that it cannot read, and over the ends of sequence in it
+    try:  # transformers would ignore a broken generation_config.json, and lose the EOS ids in it
         if (generation := Path(place) / "generation_config.json").is_file():
             json.loads(generation.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -40,12 +41,12 @@ def load_model(auto_class, name, constant, device, *, revision="main", dtype=tor
             attn_implementation=packing.NAME if packed else "flash_attention_2" if flash else "sdpa",
             use_safetensors=True,
             trust_remote_code=trust,
-            ignore_mismatched_sizes=True,  # they are reported below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
     except LOAD_ERRORS as error:
         raise not_loaded("model", name, constant, error) from None
-    wrong = [f"{what.replace('_', ' ')} {sorted(map(str, keys))[:3]}" for what, keys in info.items() if keys]
+    wrong = [f"{kind.replace('_', ' ')} {sorted(map(str, keys))[:3]}" for kind, keys in info.items() if keys]
     if wrong:
         head = any(str(key).startswith(("score.", "classifier.")) for keys in info.values() for key in keys)
         remedy = OTHER_KIND.get(auto_class, "save it anew") if head else "save it anew"
@@ -54,13 +55,13 @@ def load_model(auto_class, name, constant, device, *, revision="main", dtype=tor
 
 
 def load_tokenizer(name, constant, *, revision="main", trust=False):
-    """A tokenizer with a pad token, the end-of-sequence token where it has none of its own."""
+    """Returns a tokenizer. Its pad token is the end-of-sequence token if it has none of its own."""
     place = find_model(name, constant)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust)
-    except Exception as error:  # the tokenizers library raises nothing narrower about a file it cannot use
+    except Exception as error:  # the tokenizers library raises a plain Exception about a bad file
         raise not_loaded("tokenizer", name, constant, error) from None
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes such a one where there are no files
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one if there are no files
         raise InputError(f"{constant} = {name!r}: no tokenizer files there; save the tokenizer in that folder")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -73,7 +74,10 @@ def load_tokenizer(name, constant, *, revision="main", trust=False):
 
 
 def end_of_sequence_ids(model, tokenizer, constant):
-    """All ids that end a completion: a chat model's generation config often has more than the tokenizer's one."""
+    """Returns all ids that end a completion, sorted.
+
+    The generation config of a chat model often has more of them than its tokenizer, which has one.
+    """
     of_model = model.generation_config.eos_token_id
     ids = {*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id} - {None}
     if wrong := [value for value in ids if type(value) is not int]:
@@ -87,11 +91,11 @@ def end_of_sequence_ids(model, tokenizer, constant):
 
 @torch.no_grad()
 def check_policy(model, tokenizer, constant):
-    """Raises InputError where the scripts would sample from, and train, another model than the one given.
+    """Raises InputError if the scripts would sample from, and train, another model than the given one.
 
-    They pack sequences and apply the output head themselves, a matrix and perhaps a bias, to completion positions
-    alone: a model that scales or caps its logits after it is not supported, nor one whose attention is of another kind.
-    And every id of the tokenizer must have an embedding.
+    The scripts pack sequences, and they apply the output head themselves, at completion positions only: a matrix and
+    perhaps a bias. So a model that scales or caps its logits after the head is not supported, nor is one with another
+    kind of attention. Every id of the tokenizer must have an embedding.
     """
     check_vocabulary(model, tokenizer, constant)
     ids, lengths, head = torch.arange(10).remainder(len(tokenizer)).view(2, 5), [5, 3], model.get_output_embeddings()
@@ -102,7 +106,7 @@ def check_policy(model, tokenizer, constant):
         model.set_attn_implementation("sdpa")
         alone = [model(row[None, :n].to(model.device)).logits[0] for row, n in zip(ids, lengths, strict=True)]
         model.set_attn_implementation(packing.NAME)
-    except Exception:  # a model of another kind may raise what it likes
+    except Exception:  # an unsupported model may raise anything
         packed, alone = torch.zeros(1), [torch.ones(1)]
     if not packed.isfinite().all():
         raise InputError(f"{constant}: its logits are not finite, so its weights hold nan or inf; give another copy")
@@ -117,11 +121,12 @@ def check_policy(model, tokenizer, constant):
 def check_rotation(model, longest):
     """Raises InputError if a token's rotation would depend on the longest sequence of a pass, as LongRoPE's does.
 
-    Sampling and training group sequences in other ways, so they would not agree. longest: tokens of a sequence.
+    Sampling and training put different sequences into one pass, so their rotations would differ. longest: the most
+    tokens a sequence may have.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # some models have several
+    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # there may be several
         limit = one.get("original_max_position_embeddings") or config.max_position_embeddings
         if one.get("rope_type") in ("longrope", "dynamic") and longest > limit:
             raise InputError(
@@ -140,14 +145,20 @@ def check_vocabulary(model, tokenizer, constant):
 
 
 def frozen_dtype(name, device):
-    """The dtype of a model that is not trained: by name, or with "auto" bfloat16 on a GPU and float32 elsewhere."""
+    """Returns the dtype of a model that is not trained.
+
+    name: of the dtype. "auto" means bfloat16 on a GPU, and float32 elsewhere.
+    """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
 
 
 def without_dropout(model):
-    """The model, unable to drop anything: checkpointing works in training mode alone, where π must stay the same π."""
+    """Returns the model with all dropout set to 0.
+
+    Checkpointing works in training mode only, and dropout would make π another model there.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -1,4 +1,4 @@
-"""The rows of data files and data sets: read, checked, and split into those to train on and those held out."""
+"""Reads the rows of data files and data sets, checks them, and splits off a held-out part."""
 
 import json
 import logging
@@ -16,16 +16,14 @@ ONE_PER_LINE = "one object per line; a JSON array belongs in a file named .json"
 
 
 def load_prompts(source, name, prompt_column, answer_column, config="", split="train"):
-    """The rows of a JSONL, JSON or Parquet file, or of a dataset on the Hub: dicts of all fields, and of these.
+    """Returns the rows of a JSONL, JSON or Parquet file, or of a dataset on the Hub, as dicts.
 
-    "prompt": the prompt as text; "messages": the same as a chat, [{"role": ..., "content": ...}]; "answer": as text;
-    "begun": what the assistant has begun to answer. A prompt may be given as a text, or as such a list of messages, and
-    each column may be inside others: "reward_model.ground_truth". Raises InputError, with the line's number, if a row
-    is no object, lacks a column, or has an empty prompt or answer.
-
-    An assistant's message at the end is a begun answer, unless it marks an answer, ends with the row's, or is a
-    sentence that holds it. Then it is a whole answer, which the policy must not see, and is left out; a printed line
-    says of how many rows.
+    A dict has all fields of its row, and four more. "prompt" is the prompt as text, "messages" the prompt as a chat,
+    [{"role": ..., "content": ...}], and "answer" the answer as text. "begun" is the begun answer in the assistant's
+    message at the end, or "". If that message is a whole answer, it is left out, because the policy must not see it,
+    and a printed line counts such rows. The data may hold a prompt as a text or as messages, and a column inside
+    others, as in "reward_model.ground_truth". Raises InputError with the line's number if a row is no object, lacks a
+    column, or has an empty prompt or answer.
     """
     rows, where = _read_rows(source, name, config, split)
     whole = 0
@@ -52,7 +50,7 @@ def load_prompts(source, name, prompt_column, answer_column, config="", split="t
             raise InputError(f"{place}: {prompt_column!r} is an assistant's message alone; begin it with a user's")
         try:
             f"{text}{answer}{begun}".encode()
-        except UnicodeEncodeError:  # JSON can write half a pair, "\\ud83d", which is no text
+        except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, such as "\\ud83d"
             raise InputError(f"{place}: the text holds half of a surrogate pair; write the character whole") from None
         rows[number - 1] = {**row, "prompt": text, "messages": messages, "begun": begun, "answer": answer}
     if not rows:
@@ -63,13 +61,19 @@ def load_prompts(source, name, prompt_column, answer_column, config="", split="t
 
 
 def _is_whole(begun, answer):
-    """Whether a text marks an answer, ends with the row's, or is a sentence that holds it."""
+    """Returns whether an assistant's message is a whole answer.
+
+    It is one if it marks an answer, ends with the row's answer, or is a sentence that holds it.
+    """
     holds_it = rf"(?<!\w){re.escape(answer.strip())}(?!\w)(.*[.!?])?\s*$"
     return bool(marked_answers(begun) or re.search(holds_it, begun, re.DOTALL))
 
 
 def _field(row, column, constant, place):
-    """A row's field of that name, or the one that it leads to through others: "reward_model.ground_truth"."""
+    """Returns the value of a row's column. A name with dots leads into nested fields: "reward_model.ground_truth".
+
+    constant: the constant that names the column, for the message.
+    """
     value = row
     for part in [column] if column in row else column.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -79,14 +83,17 @@ def _field(row, column, constant, place):
     return value
 
 
-def _as_text(answer, what):
-    """An answer as text: the one in a list of one, and 3.0 as "3", as which some file types have all numbers."""
+def _as_text(answer, name):
+    """Returns an answer as text. A list of one answer gives that answer, and 3.0 gives "3".
+
+    Some file types store all numbers as floats. name: the name of the answer, for the message.
+    """
     if isinstance(answer, list) and len(answer) == 1:
         (answer,) = answer
     if isinstance(answer, list | dict | bytes) or isinstance(answer, float) and not math.isfinite(answer):
-        raise InputError(f"{what} is {answer!r:.60}; give a text or a number")
+        raise InputError(f"{name} is {answer!r:.60}; give a text or a number")
     if answer is None or not str(answer).strip():
-        raise InputError(f"{what} is {'null' if answer is None else 'empty'}; give an answer or remove the row")
+        raise InputError(f"{name} is {'null' if answer is None else 'empty'}; give an answer or remove the row")
     return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
 
 
@@ -101,7 +108,7 @@ def _is_chat(messages):
 
 
 def _read_rows(source, name, config, split):
-    """The rows as they are, and a function that says where row N is."""
+    """Returns the rows as they are in the source, and a function that says where row N is."""
     if is_hub_id(source):
         return _read_hub(source, name, config, split)
     path = find_path(source, name)
@@ -117,8 +124,8 @@ def _read_rows(source, name, config, split):
         try:
             return pyarrow.parquet.read_table(path).to_pylist(), lambda number: f"{path}, row {number}"
         except LOAD_ERRORS as error:
-            what = f"{name} = {str(path)!r} cannot be read as parquet: {short(error)}"
-            raise InputError(f"{what}; write the file anew") from None
+            problem = f"{name} = {str(path)!r} cannot be read as parquet: {short(error)}"
+            raise InputError(f"{problem}; write the file anew") from None
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -126,7 +133,7 @@ def _read_rows(source, name, config, split):
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}, line {line}: not UTF-8; give JSONL in UTF-8, or JSON or Parquet") from None
-    if kind == "json" and text.lstrip().startswith("["):  # else it holds an object per line, as many of that name do
+    if kind == "json" and text.lstrip().startswith("["):  # many .json files hold an object per line instead
         return _parse_json(text, path, 1), lambda number: f"{path}, row {number}"
     lines = text.split("\n")
     numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
@@ -135,7 +142,7 @@ def _read_rows(source, name, config, split):
 
 
 def _parse_json(text, path, line):
-    """What a JSON text says, which begins in that line of a file."""
+    """Returns the value of a JSON text that begins in a line of a file. path, line: for the message."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -143,30 +150,30 @@ def _parse_json(text, path, line):
             raise InputError(f"{path}, line {line}: holds NUL, as UTF-16 does; save it as UTF-8") from None
         if isinstance(error, json.JSONDecodeError):
             line += error.lineno - 1
-            what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         else:
-            what = "nested too deeply" if isinstance(error, RecursionError) else short(error)
-        raise InputError(f"{path}, line {line}: not JSON ({what}); {ONE_PER_LINE}") from None
+            problem = "nested too deeply" if isinstance(error, RecursionError) else short(error)
+        raise InputError(f"{path}, line {line}: not JSON ({problem}); {ONE_PER_LINE}") from None
 
 
 def _read_hub(source, name, config, split):
-    import datasets  # here, for it takes a second
+    import datasets  # imported here, because it takes a second
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs an error, and raises it
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs an error that it also raises
     try:
         rows = datasets.load_dataset(source, config or None, split=split)
     except (*LOAD_ERRORS, datasets.exceptions.DatasetsError) as error:
         remedy = hub_remedy("id, configuration, split", "a file", error)
-        what = f"{name} = {source!r}, split {split!r}, cannot be loaded: {short(error.__cause__ or error)}"
-        raise InputError(f"{what}; {remedy}") from None
+        problem = f"{name} = {source!r}, split {split!r}, cannot be loaded: {short(error.__cause__ or error)}"
+        raise InputError(f"{problem}; {remedy}") from None
     return list(rows), lambda number: f"{source}, row {number}"
 
 
 def hold_out(rows, share, source, generator):
-    """Splits rows into a share that is held out, one row for each of its prompts, and those with other prompts.
+    """Returns (held out, others): a share of the prompts with one row for each, and all rows with other prompts.
 
-    Returns (held out, others), in the order of a generator's draw. Raises InputError if there are too few prompts.
+    The order is that of the generator's draw. Raises InputError if there are too few prompts.
     """
     of_prompt = {}
     for row in rows:
@@ -188,9 +195,9 @@ def prompt_of(row):
 
 
 def prompts_of_step(rows, step, batch_size, generator_of):
-    """batch_size rows for a step (from 1). Each pass over the data has an order of its own, a function of the pass.
+    """Returns batch_size rows for a step (from 1). Each pass over the data has its own order.
 
-    generator_of: the script's, for the order of a pass.
+    generator_of: the script's function, whose generator draws the order of a pass.
     """
     first = (step - 1) * batch_size
     chosen = []

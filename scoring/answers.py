@@ -1,7 +1,7 @@
-"""Finds the answer that a text marks, and says whether two answers are the same: as mathematics, or else as words.
+"""Finds the answer that a text marks, and compares two answers: as mathematics if both are, or else as words.
 
 math-verify reads the mathematics. It was made to look for mathematics in a text, so it would take 7 out of "6 or 7" and
-3 out of "3\\sqrt{2}". Here it gets one whole answer at a time, and only if nothing of that answer would be lost.
+3 out of "3\\sqrt{2}". Here it gets one whole answer at a time, and only if it would read all of that answer.
 """
 
 import functools
@@ -14,19 +14,23 @@ from math_verify import parse, verify
 
 _MARK = re.compile(r"(?<!#)####(?!#)|\\f?box(?:ed)?\s*\{|\banswer\**\s*[:：]", re.IGNORECASE)
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|;|,?\s*\\?(?:text\s*\{)?\s*(?:and|or)\b\s*\}?)[\s$]*")
-_MOST_WORDS = 5  # of an answer in words: a longer text is an explanation, which no completion repeats
+_MOST_WORDS = 5  # a longer answer in words is an explanation, which no completion repeats
 
 
 def marked_answers(text):
-    """What a text marks as its answer, in order: after `####` or `Answer:`, to the end of the line; in \\boxed{...}.
+    """Returns the answers that a text marks, in order.
 
-    Boxes that follow one another, as in \\boxed{3} and \\boxed{5}, are one answer: "3, 5". Empty marks are left out.
+    An answer follows `####` or `Answer:`, up to the end of the line, or it stands in \\boxed{...}. Boxes that follow
+    one another, as in \\boxed{3} and \\boxed{5}, are one answer: "3, 5". Empty marks are left out.
     """
     return [answer for answer, _ in _marked(text)]
 
 
 def _marked(text):
-    """(answer, whether it may be a heading) for each mark: a heading comes after an answer, and text comes after it."""
+    """Returns (answer, whether it may be a heading) for each mark.
+
+    A `####` may be a heading if an answer comes before it and text comes below it.
+    """
     answers, end_of_box = [], None
     for mark in _MARK.finditer(text):
         if not mark[0].endswith("{"):
@@ -41,7 +45,7 @@ def _marked(text):
 
 
 def _up_to_brace(text):
-    """The text before the brace that closes what was open when it began; "" if none does."""
+    """Returns the text before the brace that closes the one before the text, or "" if none does."""
     depth = 1
     for end, letter in enumerate(text):
         depth += (letter == "{") - (letter == "}")
@@ -51,10 +55,10 @@ def _up_to_brace(text):
 
 
 def is_right(gold, completion):
-    """Whether the answer that a completion marks is the row's. gold: the row's answer, marked or bare.
+    """Returns whether the answer that a completion marks is the row's. gold: the row's answer, marked or bare.
 
-    Of several marks the last one counts. A Markdown heading uses `####`, too. So if gold is mathematics, the last mark
-    counts that is mathematics, and else the last one that cannot be a heading.
+    If there are several marks, the last one counts. But Markdown headings use `####`, too. So if gold is mathematics,
+    the last mark that is mathematics counts. Otherwise the last mark that cannot be a heading counts.
     """
     gold = (marked_answers(gold) or [gold])[-1]
     if read(gold) is not None:
@@ -70,7 +74,7 @@ def is_right(gold, completion):
 
 
 def same_answer(gold, answer):
-    """Whether an answer equals the right one: as mathematics if both are, else in the same words."""
+    """Returns whether an answer equals the right one: as mathematics if both are, or else as words."""
     gold, answer = _clean(gold), _clean(answer)
     if _words(gold) == _words(answer):
         return True
@@ -87,12 +91,12 @@ def same_answer(gold, answer):
     if isinstance(gold, sympy.Rational) and isinstance(answer, sympy.Rational):
         return gold == answer
     scale = _scale(gold) if _scale(answer) else 1
-    options = {"timeout_seconds": None, "allow_set_relation_comp": True}  # the time limit of all rules holds here, too
+    options = {"timeout_seconds": None, "allow_set_relation_comp": True}  # the time limit of all rules ends it
     return verify(gold * scale, answer * scale, **options) if scale > 1 else verify([gold], [answer], **options)
 
 
 def read(text):
-    """An answer as math-verify reads it, a sympy object; None if it is not mathematics as a whole."""
+    """Returns an answer as math-verify reads it, a sympy object. Returns None if a part of it is no mathematics."""
     return _read(_without_name(_clean(text)))
 
 
@@ -118,7 +122,7 @@ _WRAPPED = re.compile(
 
 
 def _clean(text):
-    """An answer without what only dresses it: dollar signs, Markdown, a full stop, a command around it."""
+    """Returns an answer without decoration: dollar signs, Markdown, a full stop, or a LaTeX command around it."""
     text = re.sub(r"\\q?quad(?![A-Za-z])", " ", text.replace("\\varnothing", "\\emptyset"))
     text = re.sub(r"\\([dtc]?frac)\s*(\d)\s*(\d)(?!\d)", r"\\\1{\2}{\3}", text)
     text = re.sub(r"\\?[$€£¥₹¢]|(?<!\\)\\[()\[\]]", "", text.translate(str.maketrans(_IN_LATEX)))
@@ -127,16 +131,20 @@ def _clean(text):
         before, text = text, text.strip(" \t\n*`").removesuffix(".").rstrip("\\")
         if whole := _WRAPPED.fullmatch(text):
             text = whole[1]
-        if letter := re.fullmatch(r"\(?([A-Za-z])[).]?", text):  # a choice: (B), B) or B.
+        if letter := re.fullmatch(r"\(?([A-Za-z])[).]?", text):  # a choice such as (B), B) or B.
             text = letter[1]
     return re.sub(r"(?:√|(?<![\\A-Za-z])sqrt)\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}", text)
 
 
 def _words(text):
-    """For a comparison as text: no spaces but between numbers, no case of words, no braces around a base, no a.m."""
+    """Returns an answer for the comparison as text.
+
+    It has no spaces except between numbers, no dots except decimal points, no upper case in words, and no braces around
+    a base.
+    """
     text = re.sub(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}|(?<!\d)\.|\.(?!\d)", r"\1", text)
     text = re.sub(r"[^\W\d_]{2,}|^[A-J]$", lambda word: word[0].casefold(), text)  # x and X are two symbols
-    text = re.sub(r"(?<=\d),\s+(?=\d)", ";", text)  # two numbers, but 1,000 is one
+    text = re.sub(r"(?<=\d),\s+(?=\d)", ";", text)  # two numbers; 1,000 is one number
     text = re.sub(r"(?<=\d)\s+(?=\d)", "_", re.sub(r"_\{(\w+)\}", r"_\1", text))
     return re.sub(r"\\[!,;:> ]|\s", "", text)
 
@@ -150,7 +158,7 @@ _NAME = re.compile(
 
 
 def _without_name(text):
-    """`x = 5` without its name; also `x = 1 or x = 2`, and f(x), a_1 or a word for the name."""
+    """Returns `x = 5` without its name. The name may also be f(x), a_1 or a word, as in `x = 1 or x = 2`."""
     names = {match["name"].strip() for match in _NAME.finditer(text)}
     return _NAME.sub(r"\1 ", text).strip() if len(names) == 1 else text
 
@@ -159,27 +167,27 @@ _NAMED = re.compile(r"\s*([A-Za-z](?:_\{?\w+\}?)?)\s*=\s*([^=]+?)\s*")
 
 
 def _names(text):
-    """{"x": "3", "y": "2"} of `x = 3, y = 2`; {} of any other text, and if there is but one name."""
+    """Returns {"x": "3", "y": "2"} for `x = 3, y = 2`. Returns {} for any other text, and for a single name."""
     parts = [_NAMED.fullmatch(part) for part in re.split(r",|;|\\text\s*\{\s*and\s*\}|\band\b", text)]
     names = {part[1]: part[2] for part in parts if part}
     return names if len(names) == len(parts) > 1 else {}
 
 
 def _in_order(text, names):
-    """A tuple: of the named values in the order of the alphabet, or of a list."""
+    """Returns a tuple as text: the named values, sorted by name, or the items of a list."""
     values = ", ".join(names[name] for name in sorted(names)) if names else re.sub(r"\band\b|;", ",", text)
     return values if values.startswith(("(", "\\left")) else f"({values})"
 
 
 _WHOLE = r"(?:[1-9]\d{0,2}(?:(?:,|\{,\}|,?\\[!,]\s*|[ ])\d{3})+|\d+)"
-_NO_UNITS = (  # words that make another number of one, functions and symbols, and words of a sentence
+_NO_UNITS = (  # words that change a number, names of functions and symbols, and words of a sentence
     "and|or|to|than|not|hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|fourths?|quarters?|fifths?|"
     "squared|cubed|factorial|choose|over|divided|times|plus|minus|negative|below|root|zero|one|two|three|four|five|six|"
     "seven|eight|nine|ten|eleven|twelve|\\w+teen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|"
     "sin|cos|tan|cot|sec|csc|log|exp|sqrt|arc|mod|infinity|[abcnxyz]{3}|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|"
     "pi|rho|sigma|tau|phi|chi|psi|omega|is|are|was|were|but|if|because|since|so|actually|maybe|perhaps|wrong|false|true"
 )
-_SHORT = r"(?:[kcmn]?m|[mk]?[gl]|m?L|mi|in|ft|lbs?|oz|hr|s)"  # units that could be symbols, if no space stood before
+_SHORT = r"(?:[kcmn]?m|[mk]?[gl]|m?L|mi|in|ft|lbs?|oz|hr|s)"  # units that could be symbols without a space before them
 _NUMBER = re.compile(
     rf"""
     (?! \( [^)]* , ) \(? (?P<sign>[-+]?) \s*
@@ -193,10 +201,10 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-# What math-verify reads in part or as something else: times, dates and ratios, numbers side by side, two decimal
+# Texts that math-verify reads in part or as something else: times, dates and ratios, numbers side by side, two decimal
 # points, numbers in another base, an operator without its right side, and one bar without the other.
 _MISREAD = re.compile(r"\d\s*:\s*\d|\d-\d+-\d|(?<![_^\d.])\d[\d.]*\s+\d|\d\.\d+\.\d|\d_|[-+*/^=]$|^[^|]*\|[^|]*$")
-# The commands that it reads as they are meant. It leaves others out: 4 of `3 \to 4`.
+# The commands that math-verify understands. It skips others: it reads `3 \to 4` as 4.
 _COMMANDS = (
     "[dtc]?frac|over|sqrt|[dt]?binom|left|right|begin|end|text[a-z]*|mbox|math(?:rm|bf|bb|cal|it)|displaystyle|cdot|times|div|"
     "pm|mp|infty|cup|setminus|emptyset|leq?|geq?|lt|gt|in|circ|[lr](?:floor|ceil|vert|brace|brack)|[lr]?vert|mid|mod|"
@@ -211,7 +219,7 @@ _IN_TEXT = re.compile(r"\\(?:text[a-z]*|mbox|mathrm)\s*\{([^{}]*)\}(?:\^\{?\d\}?
 _REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 
 
-@functools.lru_cache(4096)  # a row's own answer is read for each completion of its group
+@functools.lru_cache(4096)  # a row's answer is read for each completion of its group
 def _read(text):
     number = _NUMBER.fullmatch(text)
     if number and (number["upper"] or number["number"]):
@@ -229,7 +237,7 @@ def _read(text):
     elif "\\\\" in text and "\\begin" not in text or r"\mid" in text and r"\{" not in text:
         return None
     parts = _EQUALS.split(text)
-    if len(parts) > 1 and not re.search("[,;]", text):  # 5+9=14 says 14, but 8=9 says nothing
+    if len(parts) > 1 and not re.search("[,;]", text):  # 5+9=14 means 14; 8=9 means nothing
         values = [_parse(part) for part in parts]
         if all(getattr(value, "is_number", False) for value in values):
             return values[-1] if all(verify([values[-1]], [v], timeout_seconds=None) for v in values) else None
@@ -237,7 +245,7 @@ def _read(text):
 
 
 def _in_between(text):
-    """What stands for a text within mathematics: a comma for a word that joins, nothing for a unit."""
+    """Returns what replaces a \\text{...} within mathematics: a comma for `and` or `or`, a space for a unit."""
     return " , " if text[1].strip() in ("and", "or") else " "
 
 
@@ -250,7 +258,7 @@ def _number_in_latex(number):
 
 
 def _is_prose(text):
-    """Whether an answer has words that are no unit and no function, or nothing that mathematics is made of."""
+    """Returns whether an answer has words that are no unit and no function, or has nothing mathematical."""
     words = [word.strip() for word in _IN_TEXT.findall(text)]
     if any(re.search(rf"(?i)\b(?:{_NO_UNITS})\b", word) for word in words if word not in ("and", "or")):
         return True
@@ -270,7 +278,10 @@ def _is_equation(value):
 
 
 def _scale(value):
-    """A power of ten that makes a number large enough for math-verify, which compares six decimals; 0 if it is none."""
+    """Returns a power of ten that makes a small number large enough for math-verify, which compares six decimals.
+
+    Returns 1 if the number needs none, and 0 if the value is no finite real number.
+    """
     if not getattr(value, "is_number", False) or not value.is_finite or not value.is_real:
         return 0
     size = abs(value.evalf(3))

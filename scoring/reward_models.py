@@ -1,4 +1,4 @@
-"""Learned rewards: of whole completions, and of each token."""
+"""Learned rewards: one for a whole completion, or one for each token."""
 
 import math
 
@@ -12,7 +12,7 @@ from inputs.models import check_vocabulary, frozen_dtype, load_model, load_token
 
 
 def load_reward_model(c, device, policy_tokenizer):
-    """The model of REWARD_MODEL, as the constants say: a RewardModel, or a TokenRewardModel."""
+    """Returns the model of REWARD_MODEL: a RewardModel or a TokenRewardModel, as the constants say."""
     options = {"revision": c.REWARD_REVISION, "trust": c.TRUST_REMOTE_CODE}
     classifiers = transformers.AutoModelForSequenceClassification, transformers.AutoModelForTokenClassification
     classifier = classifiers[not c.USE_SEQUENCE_LEVEL_REWARD]
@@ -31,9 +31,9 @@ def load_reward_model(c, device, policy_tokenizer):
 class RewardModel:
     """A learned reward: the one logit of a sequence classifier for a prompt and its completion.
 
-    It has its own tokenizer, and sees a chat by its own template where it has one, else prompt and completion as one
-    text. What is longer than the model's context loses its beginning; report() says how often.
-    batches: a function that splits rows into batches by their lengths.
+    The model has its own tokenizer. If that has a chat template, the model sees the chat in this form. Otherwise it
+    sees prompt and completion as one text. A text longer than the model's context loses its beginning, and report()
+    says how often that happens. batches: a function that splits rows into batches by their lengths.
     """
 
     def __init__(self, model, tokenizer, name, batches):
@@ -51,7 +51,7 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, rows, texts, _):
-        """A score per completion, as a list."""
+        """Returns a score per completion, as a list."""
         texts = [self.text_of(row, text) for row, text in zip(rows, texts, strict=True)]
         distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal completions get equal scores
         whole = self.tokenizer(list(distinct), add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
@@ -71,7 +71,7 @@ class RewardModel:
             chat = [*row["messages"], {"role": "assistant", "content": text}]
             try:
                 return self.tokenizer.apply_chat_template(chat, tokenize=False)
-            except Exception as error:  # as for prompts: a template may raise what it likes
+            except Exception as error:  # a template is code, and may raise anything
                 raise InputError(
                     f"REWARD_MODEL = {self.name!r}: its chat template refuses {chat!r:.200}: {short(error)}; change "
                     "the prompts or the template"
@@ -79,14 +79,17 @@ class RewardModel:
         return row["prompt"] + text
 
     def check(self, row):
-        """Raises InputError where a prompt and its answer get no score: now, and not after a step's sampling."""
+        """Raises InputError if a prompt and its answer get no finite score.
+
+        So a broken model is found before a step has sampled anything.
+        """
         (score,) = self([row], [row["answer"]], None)
         self.report()
         if not math.isfinite(score):
             raise InputError(f"REWARD_MODEL = {self.name!r} gives {score} for the first prompt; give another copy")
 
     def report(self):
-        """The share of texts that were cut since the last report."""
+        """Returns the share of texts that were cut since the last report."""
         seen, cut, self.seen, self.cut = self.seen, self.cut, 0, 0
         return {"reward_cut": cut / max(1, seen)}
 
@@ -94,8 +97,8 @@ class RewardModel:
 class TokenRewardModel:
     """A learned reward per token: the one logit of a token classifier at each token of a completion.
 
-    It reads the very ids that the policy sampled, so it has the policy's vocabulary. With a separator, it counts only
-    tokens at which that text ends, and the last one. The rest is as in RewardModel.
+    The model reads the very ids that the policy sampled, so it must have the policy's vocabulary. separator: if it is
+    not empty, only tokens at which this text ends, and the last token, have a reward. The rest is as in RewardModel.
     """
 
     def __init__(self, model, tokenizer, policy_tokenizer, name, batches, separator):
@@ -112,13 +115,13 @@ class TokenRewardModel:
 
     @torch.no_grad()
     def __call__(self, rows, texts, rollouts):
-        """The sum of each completion's token scores, as a list. token_scores (B, T) holds them, else 0."""
+        """Returns the sum of each completion's token scores, as a list, and sets token_scores (B, T)."""
         mask, lengths = rollouts.completion_mask, rollouts.lengths
         self.token_scores = torch.zeros(mask.shape)
         self.seen, self.cut = self.seen + len(texts), self.cut + int((lengths > self.longest).sum())
         for batch in self.batches(lengths.clamp(max=self.longest)):
             kept = [rollouts.input_ids[i, : lengths[i]][-self.longest :] for i in batch]
-            ids = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)  # on the right, which a causal model ignores
+            ids = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)  # pads on the right
             here = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in kept])[:, None]
             device = self.model.device
             logits = self.model(input_ids=ids.to(device), attention_mask=here.to(device)).logits[..., 0].float().cpu()
@@ -129,11 +132,14 @@ class TokenRewardModel:
         if self.separator:
             self.token_scores.masked_fill_(~self.step_ends(rollouts), 0.0)
         sums = self.token_scores.double().sum(1)
-        self.token_scores[~sums.isfinite()] = 0.0  # the sum says that it failed
+        self.token_scores[~sums.isfinite()] = 0.0  # the sum shows the failure
         return sums.tolist()
 
     def step_ends(self, rollouts):
-        """Which tokens end a step: those in whose text the separator comes to its end, and each completion's last."""
+        """Returns which tokens end a step, (B, T).
+
+        These are the tokens at which the separator ends, and the last token of each completion.
+        """
         ends = torch.zeros_like(rollouts.completion_mask)
         for i, (start, end) in enumerate(zip(rollouts.prompt_lengths, rollouts.lengths, strict=True)):
             pieces = [self.tokenizer.decode([token]) for token in rollouts.input_ids[i, start:end].tolist()]

@@ -1,4 +1,4 @@
-"""The processes that run rules, so that a rule that hangs, dies or eats memory cannot take a run with it."""
+"""The processes that run rules. A rule that hangs, dies or eats memory cannot take a run with it."""
 
 import contextlib
 import functools
@@ -18,24 +18,27 @@ from pathlib import Path
 
 from configs import HERE, InputError
 
-START = 60.0  # seconds that the process of the rules may take beside them, to load them most of all
-MEMORY = 4 * 2**30  # bytes that a rule's process may take beside what loading rewards.py took
+START = 60.0  # seconds that the server may take in addition to the rules; most of it goes to loading them
+MEMORY = 4 * 2**30  # bytes that a rule's process may take in addition to those that loading rewards.py took
 PROCESSES = min(4, os.cpu_count() or 1)
-LARGEST = 1e30  # of a score, so that products with weights and their sums fit in float32
-TAKES = ["prompt", "completion", "row"]
+LARGEST = 1e30  # the largest score: times a weight, and summed, it still fits in float32
+TAKES = ["prompt", "completion", "row"]  # the parameters of a rule
 
 
 def score_by_rule(file, name, rows, texts):
-    """A (score, problem) for each completion: a number and None; 0 and why it is no number; None twice for None.
+    """Returns a (score, problem) for each completion. file: the file that holds the rule.
 
-    file: that holds the rules.
+    This is (number, None) for a score, (0, the reason) for a failure, and (None, None) if the rule returned None.
     """
     plain = [{key: value for key, value in row.items() if key not in ("prompt_ids", "prompt_text")} for row in rows]
     return _server_of(str(file)).ask(name, list(zip(plain, texts, strict=True))) if rows else []
 
 
 def rule_of(module, name):
-    """The rule of that name in a module of rules, or None: a function of that name, or of that name and _reward."""
+    """Returns the rule `name` of a module, or None if it has none.
+
+    The rule is a function of that name, or of that name with _reward at its end.
+    """
     for found in (getattr(module, name, None), getattr(module, f"{name}_reward", None)):
         if parameters_of(found) == TAKES:
             return found
@@ -51,10 +54,10 @@ def seconds_of_rules():
 
 
 def parameters_of(function):
-    """The names of a function's parameters, but for those that can only be given by name and have a default."""
+    """Returns the names of a function's parameters, without keyword-only ones that have a default."""
     try:
         parameters = inspect.signature(function).parameters.values() if callable(function) else ()
-    except (TypeError, ValueError):  # of some builtins
+    except (TypeError, ValueError):  # some builtins have no signature
         return []
     return [p.name for p in parameters if p.kind != p.KEYWORD_ONLY or p.default is p.empty]
 
@@ -65,21 +68,20 @@ def _server_of(file):
 
 
 class _Server:
-    """The process that runs the rules of a file; started by the first request, and again if it has died."""
+    """The process that runs the rules of a file. A request starts it, also if an earlier one has died."""
 
     def __init__(self, file):
         self.file, self.process, self.lock = file, None, threading.Lock()
 
     def ask(self, name, items):
-        """What serve() answers to a rule's name and a list of (row, completion): a (score, problem) for each."""
+        """Returns a (score, problem) for each item. name: of the rule. items: a list of (row, completion)."""
         request = pickle.dumps((name, items))  # not JSON, which has no dates
-        longest = START + 2 * seconds_of_rules() * len(
-            items
-        )  # a slow one takes its second twice, among others and then alone
+        # A slow item takes its time twice: in its chunk, and then alone.
+        longest = START + 2 * seconds_of_rules() * len(items)
         with self.lock:
             for _ in range(2):
                 began, process = time.monotonic(), self._running()
-                late = threading.Timer(longest, _end, [process])  # writing and reading end with the process
+                late = threading.Timer(longest, _end, [process])  # this ends a write or read that hangs
                 late.start()
                 try:
                     process.stdin.write(request)
@@ -99,7 +101,7 @@ class _Server:
 
     def _running(self):
         if self.process is not None and self.process.poll() is not None:
-            _end(self.process)  # what it forked may live on
+            _end(self.process)  # its own processes may still live
             self.process = None
         if self.process is None:
             serve_it = (
@@ -109,38 +111,41 @@ class _Server:
                 [sys.executable, "-c", serve_it, str(HERE), self.file],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for the run to handle
+                start_new_session=True,  # the run handles Ctrl-C
             )
         return self.process
 
 
 def _end(process):
-    """Ends a server and the processes that it has forked, which are a group of their own."""
+    """Kills a server and the processes that it has forked. They are a process group of their own."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def serve(file):
-    """The server: pickled requests on stdin, answers on stdout, a line of JSON each. It forks the rules' processes."""
+    """Runs the server: it reads pickled requests from stdin, and writes one line of JSON per answer to stdout.
+
+    It forks the processes that run the rules.
+    """
     import resource
     from multiprocessing import get_context
 
     from pebble import ProcessPool
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm may send it to all processes; it is for the run to handle
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm may send it to all processes; the run handles it
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a reward prints is not an answer
-    # A process forked while this one reads its stdin would wait for ever to close it, for reading holds its lock.
-    requests, sys.stdin = sys.stdin.buffer, open(os.devnull)  # noqa: SIM115, for as long as the server
+    os.dup2(2, 1)  # text that a rule prints is no answer
+    # Reading holds the lock of stdin. A process forked meanwhile would wait for it forever when it closes stdin.
+    requests, sys.stdin = sys.stdin.buffer, open(os.devnull)  # noqa: SIM115, because it stays open
     spec = importlib.util.spec_from_file_location("rules", file)
     rules = sys.modules["rules"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rules)
-    # Libraries may reserve far more addresses than they use, so that only what comes after loading is limited.
+    # Libraries may reserve far more addresses than they use, so the limit counts only what comes after loading.
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
     def limit():
-        for file in (requests, answers):  # or their other ends would not see that the server is gone
+        for file in (requests, answers):  # while a copy is open, the other end does not see that the server has died
             os.close(file.fileno())
         resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
 
@@ -150,7 +155,7 @@ def serve(file):
                 name, items = pickle.load(requests)
             except EOFError:
                 return
-            size = max(1, min(16, len(items) // PROCESSES))  # one by one would cost as much as a rule
+            size = max(1, min(16, len(items) // PROCESSES))  # sending items one by one costs as much as a rule
             chunks = [items[i : i + size] for i in range(0, len(items), size)]
             futures = [pool.schedule(_score, [name, chunk], timeout=seconds_of_rules()) for chunk in chunks]
             scores = [_scores(pool, name, *pair) for pair in zip(chunks, futures, strict=True)]
@@ -162,25 +167,28 @@ def _score(name, items):
     for row, text in items:
         try:
             scores.append(checked(rule(row["prompt"], text, row)))
-        except BaseException as error:  # whatever a rule raises is the rule's failure
+        except BaseException as error:  # anything that a rule raises is its failure
             scores.append((0.0, f"raised {type(error).__name__}: {error}"[:300]))
     return scores
 
 
 def checked(value):
-    """(score, problem): the value as a number and None, or 0 and why it is no number; (None, None) of None."""
+    """Returns (number, None), (0, the reason) for a value that is no score, or (None, None) for None."""
     if value is None:
         return None, None
     try:
-        if abs(number := float(value)) <= LARGEST:  # nor NaN
+        if abs(number := float(value)) <= LARGEST:  # False for NaN
             return number, None
-    except (TypeError, ValueError, OverflowError):  # the last: of a whole number beyond all floats
+    except (TypeError, ValueError, OverflowError):  # OverflowError: an int too large for a float
         pass
     return 0.0, f"returned {value!r:.200}, not a finite number up to {LARGEST:g}"
 
 
 def _scores(pool, name, items, future):
-    """What a chunk scored; where it took too long or its process died, one item after the other to find the culprit."""
+    """Returns the scores of a chunk.
+
+    If the chunk took too long or its process died, its items are tried one by one to find the culprit.
+    """
     try:
         return future.result()
     except TimeoutError:

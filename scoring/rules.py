@@ -1,4 +1,4 @@
-"""What rules are asked for, whether they work and can read the answers, and the weighted sum of what they say."""
+"""Finds the rules by name, tests them and whether they can read the answers, and sums their weighted scores."""
 
 import contextlib
 
@@ -6,18 +6,21 @@ from configs import HERE, InputError
 from scoring.rule_processes import TAKES, checked, parameters_of, rule_of, score_by_rule
 
 RULES = HERE / "rewards.py"
-MOST_FAILURES = 0.5  # share of a batch's scores
-MOST_UNREADABLE = 0.1  # share of the data's rows whose own answer a rule may take for wrong
-LARGEST_WEIGHT = 1e6  # its product with a score fits in float32
-FORMS = ("#### {}", "\\boxed{{{}}}", "Answer: {}", "<answer>{}</answer>", "{}")  # in which an answer is tried
-OF_ANSWERS = ("exact_match", "math")  # the rules here that compare with row["answer"]
+MOST_FAILURES = 0.5  # share of a batch's scores that may fail
+MOST_UNREADABLE = 0.1  # share of the data's rows whose own answer a rule may call wrong
+LARGEST_WEIGHT = 1e6  # times the largest score it fits in float32
+FORMS = ("#### {}", "\\boxed{{{}}}", "Answer: {}", "<answer>{}</answer>", "{}")  # the forms in which answers are tried
+OF_ANSWERS = ("exact_match", "math")  # shipped rules that compare with row["answer"]
 
 
 # ---- Names and weights
 
 
 def parse_rewards(text, name="REWARDS"):
-    """`"reward_model 1.0, exact_match 0.5"` -> {"reward_model": 1.0, "exact_match": 0.5}; a weight left out is 1."""
+    """Turns `"reward_model 1.0, exact_match 0.5"` into {"reward_model": 1.0, "exact_match": 0.5}.
+
+    A missing weight is 1. name: the constant that holds the text. Raises InputError if the text cannot be used.
+    """
     weights = {}
     for part in text.split(","):
         words = part.split()
@@ -26,7 +29,7 @@ def parse_rewards(text, name="REWARDS"):
             weight = float(weight)
         except ValueError:
             raise InputError(f'{name} = {text!r}: cannot read {part!r}; write "name weight, name weight"') from None
-        if not abs(weight) <= LARGEST_WEIGHT:  # nor NaN
+        if not abs(weight) <= LARGEST_WEIGHT:  # or it is NaN
             most = f"not a finite number up to {LARGEST_WEIGHT:g}"
             raise InputError(f"{name} = {text!r}: the weight of {reward} is {most}; give one such as 0.5")
         if reward in weights:
@@ -40,7 +43,10 @@ def parse_rewards(text, name="REWARDS"):
 
 
 def find_reward(reward, name):
-    """The rule of that name in rewards.py. Raises InputError if there is none. name: the constant that asks for it."""
+    """Returns the rule of that name in rewards.py. Raises InputError if there is none.
+
+    name: the constant that asks for the rule, for the message.
+    """
     rules = rules_module()
     if rule := rule_of(rules, reward):
         return rule
@@ -55,12 +61,12 @@ def find_reward(reward, name):
 
 
 def rules_module():
-    """rewards.py, imported. Raises InputError if it cannot be."""
+    """Returns the module rewards.py. Raises InputError if it cannot be imported."""
     try:
         import rewards
     except SyntaxError as error:
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}; mend it there") from None
-    except Exception as error:  # whatever the file of a person's own raises
+    except Exception as error:  # a user's file may raise anything
         raise InputError(f"{RULES} cannot be imported: {type(error).__name__}: {error}; mend it there") from None
     return rewards
 
@@ -69,13 +75,13 @@ def rules_module():
 
 
 def check_scoring(c, reward_names, reward_model, train_rows, eval_rows):
-    """The held-out rows that EVAL_REWARD concerns, once each reward has scored prompts and read their answers.
+    """Tries each reward on prompts and their answers. Returns the held-out rows that EVAL_REWARD concerns.
 
-    Raises InputError if one cannot. c: the script's constants, of configs.snapshot.
+    Raises InputError if a reward cannot score them. c: the script's constants, from configs.snapshot.
     """
     if reward_model is not None and c.USE_SEQUENCE_LEVEL_REWARD:
         reward_model.check(train_rows[0])
-    if c.SELFTEST:  # which shows what fails in its table
+    if c.SELFTEST:  # its table shows the failures
         return eval_rows
     check_rules({*reward_names, c.EVAL_REWARD} - {"reward_model"}, train_rows)
     for name in sorted({*OF_ANSWERS} & {*reward_names}):
@@ -84,7 +90,7 @@ def check_scoring(c, reward_names, reward_model, train_rows, eval_rows):
     if not eval_rows:
         raise InputError(f"EVAL_REWARD = {c.EVAL_REWARD!r} returned None for each held-out prompt; give another")
     rule, answer = Rewards({c.EVAL_REWARD: 1.0}), train_rows[0]["answer"]
-    with contextlib.suppress(InputError):  # that it scores too few of these, which was judged above
+    with contextlib.suppress(InputError):  # raised if too many fail; check_rules has judged that
         rule(train_rows[:1] * 3, [answer, f"#### {answer}", ""])
     check_right(rule.scored[c.EVAL_REWARD], c.EVAL_REWARD)
     return eval_rows
@@ -93,8 +99,8 @@ def check_scoring(c, reward_names, reward_model, train_rows, eval_rows):
 def check_rules(names, rows, file=RULES):
     """Raises InputError if a rule has no score for any of some completions that hold the first row's answer.
 
-    Such a rule is not finished: better to say so now than after a step's sampling. A rule that does not concern the
-    first row is tried on others.
+    Such a rule is not finished, and a person should know it before a step has sampled anything. If a rule does not
+    concern the first row, it is tried on other rows.
     """
     answer = rows[0]["answer"]
     texts = [form.format(answer) for form in FORMS] + [""]
@@ -111,11 +117,12 @@ def check_rules(names, rows, file=RULES):
 
 
 def check_answers(rule, name, rows, source, file=RULES):
-    """Scores each row's own answer, in several forms, by a rule that says what is right: it must give them 1.
+    """Scores each row's own answer, in several forms, and returns the rows that the rule concerns.
 
-    Prints how many it does not, with an example; raises InputError if they are more than MOST_UNREADABLE of the rows. A
-    rule of a person's own may want another form, so nothing is said of one that gives 1 to none. Returns the rows that
-    the rule concerns. name, source: the constant that names the rule, and where the rows come from, for the message.
+    A rule that says what is right must give 1 to a row's own answer. This function prints how often it does not, with
+    an example. It raises InputError if that is more than MOST_UNREADABLE of the rows. A user's own rule may expect
+    another form, so there is no message if such a rule gives 1 to no answer at all. name: the constant that names the
+    rule, for the message. source: the origin of the rows, for the message.
     """
     concerned, wrong = rows, rows
     for form in FORMS:
@@ -139,7 +146,10 @@ def check_answers(rule, name, rows, source, file=RULES):
 
 
 def check_right(scores, name):
-    """Raises InputError unless all scores of EVAL_REWARD, the rule of that name, are shares of being right."""
+    """Raises InputError unless all scores of EVAL_REWARD lie in [0, 1], so that their mean is an accuracy.
+
+    name: the rule that EVAL_REWARD names.
+    """
     if outside := [score for score in scores if not 0 <= score <= 1]:
         raise InputError(
             f"EVAL_REWARD = {name!r} gave {outside[0]:g}, which is no accuracy; give --eval-reward a rule that returns "
@@ -147,14 +157,15 @@ def check_right(scores, name):
         )
 
 
-# ---- Their sum
+# ---- The weighted sum
 
 
 class Rewards:
     """The weighted sum of some rewards, computed safely.
 
-    weights: {name: weight}. reward_model: of scoring/reward_models.py, if "reward_model" is among them. file: that
-    holds the rules. log: a function of a list of failures, set once a run has a folder.
+    weights: {name: weight}. reward_model: a model of scoring/reward_models.py, if "reward_model" is among the names.
+    file: the file that holds the rules. log: a function that takes a list of failures; it is set once a run has a
+    folder.
     """
 
     def __init__(self, weights, reward_model=None, file=RULES):
@@ -163,7 +174,7 @@ class Rewards:
         self.failures = []
 
     def __call__(self, rows, texts, rollouts=None):
-        """One number per completion; rollouts: for a reward model that scores tokens.
+        """Returns one number per completion. rollouts: needed by a reward model that scores tokens.
 
         Raises InputError if more than MOST_FAILURES of the scores fail.
         """
@@ -196,7 +207,10 @@ class Rewards:
         return total
 
     def report(self):
-        """Metrics since the last report: each reward's mean, the share of scores that failed, and the model's own."""
+        """Returns metrics since the last report.
+
+        They are each reward's mean, the share of scores that failed, and the metrics of the reward model.
+        """
         scores = sum(len(values) for values in self.scored.values())
         means = {name: sum(values) / len(values) for name, values in self.scored.items() if values}
         metrics = {f"reward_{name.removeprefix('reward_')}": mean for name, mean in means.items()}
