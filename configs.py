@@ -1,7 +1,7 @@
 """The constants of a script: their command-line flags, presets and rules, and the choice of devices.
 
-A script's constants are the lines `NAME = value # meaning` under its banner `# ---- Constants`. They are the one source
-of the flags, their types and `--help`. Nothing here knows an algorithm.
+A script's constants are the lines `NAME = value  # meaning` under its banner `# ---- Constants`. They are the one
+source of the flags, their types and `--help`. Nothing here knows an algorithm.
 """
 
 import argparse

@@ -311,8 +311,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="training steps of a child, the first of which is not counted")
-    parser.add_argument("--flags", default="", help="constants of grpo.py, in one string; TRL gets those it shares")
+    parser.add_argument("--steps", type=int, help="training steps per run; the first is not counted")
+    parser.add_argument("--flags", default="", help="flags of grpo.py, in one string; TRL gets those it has")
     parser.add_argument("--trl-micro-batch", type=int, default=0, help="completions, a divisor of the mini-batch")
     parser.add_argument("--continuous-batching", action="store_true", help="TRL samples by that of transformers")
     parser.add_argument("--child", nargs=3, metavar=("SYSTEM", "FOLDER", "SEED"), help=argparse.SUPPRESS)
@@ -321,7 +321,7 @@ def main():
     if workload == "qwen3" and not torch.cuda.is_available():
         sys.exit("qwen3 needs a GPU, and there is none; embedded and longtail run on the CPU")
     if steps < 2:
-        parser.error("--steps: give at least two, the first is not counted")
+        parser.error("--steps: give at least two, because the first is not counted")
     if arguments.child:
         system, folder, seed = arguments.child
         set_constants(workload, folder, steps, int(seed), shlex.split(arguments.flags))

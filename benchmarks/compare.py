@@ -131,7 +131,7 @@ def main():
     parser.add_argument("--runs", type=Path, help="folder that keeps the metrics of each run")
     arguments = parser.parse_args()
     if len(set(arguments.seeds)) < 2:
-        parser.error("--seeds: give at least two, a spread needs them")
+        parser.error("--seeds: give at least two, because a spread needs them")
     curves = {script: [] for script in arguments.scripts}
     with tempfile.TemporaryDirectory() as temporary:
         kept = arguments.runs or Path(temporary)

@@ -147,7 +147,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parse_with_workloads(parser)
     if arguments.rounds < 2:
-        parser.error("--rounds: give at least two, for there are quartiles to tell")
+        parser.error("--rounds: give at least two, because quartiles need them")
     for workload in arguments.workloads:
         trainer, works = works_of(workload)
         print(f"\n{workload}, {arguments.rounds} rounds\n")

@@ -95,7 +95,7 @@ def draw(curves, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each point and sweep, two steps at least")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each point and sweep; at least two steps")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "scaling.png")
     arguments = parser.parse_args()
     points = {tuple((BASE | {name: value}).items()) for name, (_, values) in AXES.items() for value in values}

@@ -18,7 +18,7 @@ MOVED = 0.9  # share of the weights with a gradient that a step should change
 class TestedTrainer(Trainer, Protocol):
     """Everything that the selftest uses of a trainer: what a run uses, and the steps that it tries."""
 
-    eos_ids: list[int]  # each of which ends a completion
+    eos_ids: list[int]  # each of them ends a completion
     reference: object  # None without a KL term
 
     def sample(self, rows, group_size, purpose):

@@ -201,5 +201,5 @@ def recording_stream(device):
 
 
 def norm(states, module):
-    """Returns what an RMSNorm of transformers computes: float32 inside."""
+    """Returns the output of an RMSNorm of transformers, which computes in float32."""
     return F.rms_norm(states.float(), states.shape[-1:], module.weight.float(), module.variance_epsilon)

@@ -48,7 +48,8 @@ class Packing:
         return {
             "input_ids": input_ids[:, : self.width].to(self.device).flatten()[self.place][None],  # (1, N)
             "position_ids": self.position[None],
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # else N x N are made
+            # A dummy, because a model without a mask makes one of N x N.
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
             "packing": self,
         }
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
-os.environ["OMP_NUM_THREADS"] = "1"  # a process per core, see pyproject.toml; for those that tests start, too
+os.environ["OMP_NUM_THREADS"] = "1"  # pyproject.toml runs a process per core; also holds for those that tests start
 
 import pytest
 import torch
@@ -18,13 +18,13 @@ import plotting
 from scoring import rule_processes, rules
 
 for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(number) == signal.SIG_IGN:  # under nohup or behind a shell's &; runs would ignore it, too
+    if signal.getsignal(number) == signal.SIG_IGN:  # under nohup, or behind a shell's &; a run would ignore it, too
         signal.signal(number, action)
 
 SCRIPTS = tuple(importlib.import_module(path.stem) for path in configs.scripts())
 torch.set_num_threads(1)
 
-FEW = tempfile.TemporaryDirectory()  # of the shipped prompts, for all of them take longer to read than to sample from
+FEW = tempfile.TemporaryDirectory()  # holds some of the shipped prompts, because reading all of them takes long
 for name, rows in (("train", 256), ("test", 32)):
     lines = (configs.HERE / f"data/arithmetic/{name}.jsonl").read_text().splitlines(keepends=True)
     Path(FEW.name, f"{name}.jsonl").write_text("".join(lines[:rows]))
@@ -32,7 +32,7 @@ for name, rows in (("train", 256), ("test", 32)):
 
 @pytest.fixture(autouse=True)
 def constants_restored():
-    """A test may set a script's constants; the next one finds them as shipped."""
+    """Restores the scripts' constants after each test."""
     before = [(script, configs.constant_values(vars(script))) for script in SCRIPTS]
     yield
     for script, values in before:
@@ -41,20 +41,23 @@ def constants_restored():
 
 @pytest.fixture(autouse=True)
 def drawn_only_where_marked(request, monkeypatch):
-    """Pictures take longer than the small runs they show: runs of tests without @pytest.mark.drawn draw none."""
+    """Turns pictures off in tests without @pytest.mark.drawn.
+
+    They take longer than the small runs that they show.
+    """
     if not request.node.get_closest_marker("drawn"):
         monkeypatch.setattr(plotting, "draw_run", lambda folder: None)
 
 
 @pytest.fixture
 def small(tmp_path):
-    """gspo with the sizes of a run of a few seconds. Runs go to tmp_path/outputs."""
+    """Returns gspo, with sizes for a run of a few seconds. Runs go to tmp_path/outputs."""
     return shrink(SCRIPTS[0], tmp_path)
 
 
 @pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
 def small_script(request, tmp_path):
-    """Each script in turn, with the sizes of a run of a few seconds."""
+    """Returns each script in turn, with sizes for a run of a few seconds."""
     return shrink(request.param, tmp_path)
 
 
@@ -76,7 +79,7 @@ def shrink(script, tmp_path):
 
 
 def scores_while_training(monkeypatch, score):
-    """Has score(name, texts) stand for rules, but not in the checks before the first step."""
+    """Lets score(name, texts) replace the rules, but not in the checks before the first step."""
     by_rule = rules.score_by_rule
 
     def scored(file, name, rows, texts):
@@ -89,14 +92,15 @@ def scores_while_training(monkeypatch, score):
 
 
 def trainer_of(script):
-    """A new trainer, whatever the script's name."""
+    """Returns a new trainer of a script, whatever its class is called."""
     return getattr(script, f"{script.__name__.upper()}Trainer")()
 
 
 class Forked(multiprocessing.get_context("fork").Process):
-    """work() in a process of its own, forked from this one: what it would import first takes longer than small runs.
+    """Runs work() in a process that is forked from this one.
 
-    To be used like a subprocess.Popen with both streams piped.
+    The fork has all imports, which would take longer than a small run. It is used like a subprocess.Popen with both
+    streams piped.
     """
 
     def __init__(self, work, folder):
@@ -120,7 +124,7 @@ class Forked(multiprocessing.get_context("fork").Process):
 
 
 def as_a_program(out, err):
-    """Gives a forked process streams of its own, by their descriptors, and lets it start its own server of rules."""
+    """Gives a forked process its own stdout and stderr, by their descriptors, and its own server of rules."""
     for number, descriptor in ((1, out), (2, err)):
         os.dup2(descriptor, number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)

@@ -1,7 +1,8 @@
-"""What sibling scripts share, held identical: `make sync` copies it out of gspo.py, tests/test_siblings.py checks it.
+"""Holds the shared parts of the scripts identical: `make sync` copies them, and tests/test_siblings.py checks them.
 
-The docstring, Constants and Algorithm are each script's own. The imports and all other sections are gspo.py's, but for
-the algorithm's name, and but for the functions in EXEMPTIONS, each with the reason why the algorithm needs its own.
+The docstring, Constants and Algorithm are each script's own. The imports and all other sections are gspo.py's, except
+for the algorithm's name, and except for the functions in EXEMPTIONS. Each exemption has the reason why the algorithm
+needs its own function.
 """
 
 import ast
@@ -16,7 +17,7 @@ ROOT = configs.HERE
 SIBLINGS = tuple(path.stem for path in configs.scripts()[1:])
 OWN = ("docstring", "Constants", "Algorithm")
 
-# {script: {function, class or method: why it is not gspo.py's}}. The name of a class stands for its opening lines, up
+# {script: {function, class or method: why it differs from gspo.py's}}. The name of a class means its opening lines, up
 # to its first method. A function that gspo.py does not have stays behind the one that it follows.
 EXEMPTIONS = {
     "dapo": {
@@ -34,7 +35,10 @@ EXEMPTIONS = {
 
 
 def sections(text):
-    """The script in order: {"docstring": ..., "imports": ..., "Constants": ..., ...}; together they are the text."""
+    """Returns the sections of a script, in order: {"docstring": ..., "imports": ..., "Constants": ..., ...}.
+
+    Together they are the whole text.
+    """
     end = text.index('"""\n', 3) + 4
     parts = {"docstring": text[:end]}
     banners = list(re.finditer(r"^# ---- (.+?) -+$", text, re.MULTILINE))
@@ -45,9 +49,10 @@ def sections(text):
 
 
 def blocks(section):
-    """A section in order: {"": its first lines, "function": ..., "Class": ..., "Class.method": ...}, with all lines.
+    """Returns the blocks of a section, in order, as {name: text}. Together they are all of its lines.
 
-    The blank lines above a function are its own. What stands between two functions is a block of its own.
+    The names are "" for the first lines, "function", "Class" and "Class.method". The blank lines above a function
+    belong to it. Lines between two functions are a block of their own.
     """
     lines = section.splitlines(keepends=True)
 
@@ -72,13 +77,13 @@ def blocks(section):
 
 
 def renamed(name):
-    """gspo.py's sections under another script's name."""
+    """Returns gspo.py's sections under another script's name."""
     parts = sections((ROOT / "gspo.py").read_text(encoding="utf-8"))
     return {title: text.replace("gspo", name).replace("GSPO", name.upper()) for title, text in parts.items()}
 
 
 def synced(name, text):
-    """Script `name` with its own parts as they are in text, and all others as gspo.py has them."""
+    """Returns script `name` with its own parts as in text, and with all other parts as in gspo.py."""
     own, result = sections(text), []
     for title, section in renamed(name).items():
         if title in OWN or title == "imports":

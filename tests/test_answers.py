@@ -1,4 +1,4 @@
-"""Answers as data sets and models write them: the table of docs/answers.md, and what must not be taken for right."""
+"""Answers as data sets and models write them: the table of docs/answers.md, and answers that are not right."""
 
 import re
 

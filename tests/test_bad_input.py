@@ -43,7 +43,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with the smallest policy, reward model and prompts that a script takes, for a row to break a copy of."""
+    """Makes a folder with the smallest policy, reward model and prompts. Each row breaks a copy of it."""
     folder = tmp_path_factory.mktemp("made")
     characters = ["<pad>", "<eos>", *"0123456789+="]  # no token for unknown characters: they vanish
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(characters)}, []))
@@ -59,11 +59,11 @@ def made(tmp_path_factory):
     return folder
 
 
-# ---- Ways to break something. Each makes a function of (script, folder, made), which gives the flags to start with.
+# ---- Ways to break something. Each returns a function (script, folder, made) -> the flags to start with.
 
 
 def constants(**values):
-    """Constants edited in the file."""
+    """Edits constants in the file."""
 
     def edit(script, folder, made):
         vars(script).update(values)
@@ -73,7 +73,7 @@ def constants(**values):
 
 
 def prompts(content, name="prompts.jsonl", flags=()):
-    """Training prompts of these bytes; or what a function of the path makes there."""
+    """Makes training prompts of these bytes. content may also be a function that writes them to a path."""
 
     def write(script, folder, made):
         path = folder / name
@@ -105,7 +105,7 @@ def eval_prompts(content):
 
 
 def model(break_it, which="policy", flags=()):
-    """A copy of the policy or of the reward model, after break_it(path of the copy)."""
+    """Copies the policy or the reward model, and calls break_it(path of the copy)."""
 
     def copy(script, folder, made):
         path = folder / which
@@ -118,7 +118,7 @@ def model(break_it, which="policy", flags=()):
 
 
 def edited(file, remove=(), **values):
-    """A JSON file of a model, with keys changed or removed."""
+    """Changes or removes keys in a JSON file of a model."""
 
     def edit(path):
         content = json.loads((path / file).read_text()) | values
@@ -136,7 +136,7 @@ def removed(*files):
 
 
 def weights(change):
-    """The tensors of a model, changed in place by a function of the dictionary."""
+    """Changes the tensors of a model, in place, by a function of their dictionary."""
 
     def edit(path):
         tensors = safetensors.torch.load_file(path / "model.safetensors")
@@ -164,7 +164,7 @@ def sharded(path):
 
 
 def without_tokenizer(path):
-    """Of Qwen2 and Qwen3, of which transformers makes a tokenizer without any files."""
+    """Removes the tokenizer. For Qwen2 and Qwen3, transformers makes an empty one without any files."""
     edited("config.json", model_type="qwen3", architectures=["Qwen3ForCausalLM"])(path)
     removed("tokenizer.json", "tokenizer_config.json")(path)
 
@@ -180,7 +180,7 @@ def template(text):
 
 
 def saved(model_class, config):
-    """Another architecture's model in place of the one there, beside the same tokenizer."""
+    """Saves a model of another architecture in place of the one there, beside the same tokenizer."""
 
     def save(path):
         (path / "model.safetensors").unlink()
@@ -233,8 +233,10 @@ def not_allowed(path):
 
 
 def permitted_everything():
-    """Whether this process may read what it may not: as root, unless it runs under
-    setpriv --bounding-set=-dac_override,-dac_read_search."""
+    """Returns whether this process may read files that it has no permission for.
+
+    Root may, unless it runs under setpriv --bounding-set=-dac_override,-dac_read_search.
+    """
     with tempfile.NamedTemporaryFile() as file:
         os.chmod(file.name, 0)
         return os.access(file.name, os.R_OK)
@@ -247,7 +249,10 @@ no_wandb = pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is i
 
 @dataclass
 class Row:
-    """name: what is wrong, as a person would say it. broken: flags, or a function of (script, folder, made)."""
+    """A mistake of a person.
+
+    name: the mistake, as a person would say it. broken: flags, or a function of (script, folder, made).
+    """
 
     name: str
     script: object
@@ -599,7 +604,10 @@ ROWS = [row for rows in KINDS.values() for row in rows]
 
 
 def set_up(row, folder, made):
-    """The script's constants as for a small run on what was made, then what the row breaks: the flags to start with."""
+    """Sets the script's constants for a small run on what was made, and then breaks what the row says.
+
+    Returns the flags to start with.
+    """
     vars(row.script).update(
         POLICY_MODEL=str(made / "policy"),
         REWARD_MODEL=str(made / "reward"),

@@ -1,4 +1,4 @@
-"""Overrides, presets and rules; and what a person sees who gives something that cannot be used."""
+"""Overrides, presets and rules, and the messages for input that cannot be used."""
 
 import json
 import os
@@ -20,14 +20,14 @@ from bookkeeping.run import Run
 
 
 def run_main(capsys, *argv):
-    """The exit code and stderr of `python gspo.py argv`, in this process."""
+    """Returns the exit code and stderr of `python gspo.py argv`, run in this process."""
     with pytest.raises(SystemExit) as exit_:
         gspo.main([str(word) for word in argv])
     return exit_.value.code, capsys.readouterr().err
 
 
 def assert_refused(capsys, tmp_path, words, *argv):
-    """Exit code 2, one line that holds the words, and nothing written."""
+    """Asserts exit code 2, one line that holds the words, and nothing written."""
     code, err = run_main(capsys, "--output-dir", tmp_path / "outputs", *argv)
     assert code == 2
     assert err.count("\n") == 1 and "Traceback" not in err
@@ -231,7 +231,7 @@ def test_a_tilde_in_the_output_folder_is_the_home(monkeypatch, tmp_path):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Folders as runs of gspo.py and grpo.py leave them, as far as --resume looks at them before it loads anything."""
+    """Makes folders like those of runs of gspo.py and grpo.py, with the files that --resume reads first."""
     for name, script in (("gspo-1", "gspo.py"), ("gspo-2", "gspo.py"), ("grpo-3", "grpo.py")):
         folder = tmp_path / "runs" / name
         for part in ("final", "checkpoints/step-4"):
@@ -262,7 +262,7 @@ def refused_resume(capsys, *argv):
         ("{runs}", ["a folder of runs", "such as {runs}/gspo-2, or latest"]),
     ],
 )
-def test_a_folder_that_is_no_run_says_what_is_meant(capsys, runs, name, words):
+def test_the_message_for_a_folder_that_is_no_run_says_what_to_give(capsys, runs, name, words):
     err = refused_resume(capsys, "--resume", name.format(runs=runs))
     for word in words:
         assert word.format(runs=runs) in err, err
@@ -299,7 +299,7 @@ def test_the_latest_run_is_the_one_that_logged_last_whatever_was_drawn_since(run
     assert str(runs / "gspo-1") == gspo.RESUME
 
 
-def test_a_run_may_move_where_its_content_is_known(capsys, runs):
+def test_files_of_a_run_with_fingerprints_may_move(capsys, runs):
     moved = ["--resume", runs / "gspo-1", "--prompts", "elsewhere.jsonl", "--policy-model", "elsewhere"]
     configs.apply_overrides(vars(gspo), [str(word) for word in moved], Run.set_constants)
     assert (gspo.PROMPTS, gspo.POLICY_MODEL) == ("elsewhere.jsonl", "elsewhere")

@@ -1,4 +1,4 @@
-"""What DAPO alone promises: dynamic sampling, surplus groups, the overlong penalty and filter, and its figure."""
+"""Tests of DAPO alone: dynamic sampling, surplus groups, the overlong penalty and filter, and its figure."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def small(tmp_path):
 
 
 def rewards_from(answers):
-    """A stand-in for the rule: each prompt of the data has its rewards by its place in the order of sampling."""
+    """Returns a stand-in for the rule. Each prompt has its rewards by its place in the order of sampling."""
     answers = iter(answers)
     return lambda rollouts: torch.tensor([next(answers) for _ in range(len(rollouts.texts) // 4)]).flatten()
 

@@ -1,4 +1,4 @@
-"""The embedded task: what ships is what the recipe makes, and its styles are as right or wrong as it says."""
+"""The embedded task: the recipe makes the shipped files, and its styles are right as often as it says."""
 
 import json
 import random

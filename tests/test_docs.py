@@ -1,4 +1,4 @@
-"""README and docs against the code: every constant, flag, metric and file they name exists, every default is true."""
+"""Checks README and docs against the code: constants, flags, metrics and files exist, and quoted defaults are true."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def flags_of(program):
-    """The flags of `python program`: of a script from its constants, which its --help is held to below."""
+    """Returns the flags of `python program`. Those of a script come from its constants; a test below checks --help."""
     if program in BY_NAME:
         return {"--" + name.lower().replace("_", "-") for name in CONSTANTS[program]} | {
             "--no-" + name.lower().replace("_", "-")
@@ -37,7 +37,7 @@ def flags_of(program):
 
 
 def rows_of(page, heading):
-    """The cells of the table under a heading, without its head."""
+    """Returns the cells of the table under a heading, without its head."""
     text = page.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
@@ -135,7 +135,7 @@ def test_every_logged_metric_is_explained_and_no_other(name, tmp_path):
 
 
 def test_the_command_for_a_model_and_data_of_ones_own_trains(tmp_path, capsys):
-    """README's command, with the smallest model and other sizes beside it."""
+    """README's command trains. The model is the smallest, and further flags set small sizes."""
     (command,) = re.findall(r"^    python gspo\.py (.*--policy-model MODEL.*)$", (ROOT / "README.md").read_text(), re.M)
     rows = [{"prompt": f"{i}+{i}=", "answer": 2 * i} for i in range(40)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -21,7 +21,7 @@ over_golden = pytest.mark.parametrize("golden", GOLDEN, ids=["losses-1", "losses
 
 
 def equals_of_verl(case):
-    """(script, constants) that equal a case of verl's."""
+    """Returns the (script, constants) that equal a case of verl's."""
     clip = {"CLIP_LOW": case["clip_low"], "CLIP_HIGH": case["clip_high"]}
     if case["algo"] == "gspo":
         return [(gspo, {**clip, "RATIO_LEVEL": level}) for level in ("sequence", "sequence_token")]
@@ -37,7 +37,10 @@ def equals_of_verl(case):
 
 
 def equals_of_trl(case):
-    """(script, constants) that equal a case of TRL's; delta is a dual clip as long as it is above 1 + CLIP_HIGH."""
+    """Returns the (script, constants) that equal a case of TRL's.
+
+    TRL's delta is a dual clip if it is above 1 + CLIP_HIGH.
+    """
     clip = {"CLIP_LOW": case["clip_low"], "CLIP_HIGH": case["clip_high"]}
     if case["loss_type"] not in OF_TRL:
         return []  # cispo
@@ -74,7 +77,7 @@ def test_loss_gradient_and_clip_fraction_equal_verl(golden):
             vars(script).update(constants)
             loss, stats = script.compute_policy_loss(logps, old_logps, advantages, mask)
             assert_equals(loss, logps, case)
-            if case["algo"] == "token":  # verl counts the tokens of a clipped sequence for GSPO, we the sequences
+            if case["algo"] == "token":  # for GSPO, verl counts tokens, and gspo.py sequences
                 assert stats["clip_fraction"].item() == pytest.approx(case["stats"]["actor/pg_clipfrac"], rel=1e-6)
             compared.append(script)
     assert [compared.count(script) for script in (gspo, grpo, dapo)] == [8, 9, 4]

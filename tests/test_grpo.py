@@ -1,4 +1,4 @@
-"""What GRPO alone promises: the gradients of its KL estimators, and the dual clip."""
+"""Tests of GRPO alone: the gradients of its KL estimators, and the dual clip."""
 
 import math
 
@@ -11,7 +11,7 @@ import grpo
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "ratio_k3"])
 def test_kl_estimators_have_the_stated_gradients(estimator):
-    """Exact expectations over a distribution of four tokens, one completion of one token each."""
+    """Expectations are exact: a distribution of four tokens, and one completion of one token for each."""
     grpo.KL_ESTIMATOR = estimator
     parameters = torch.tensor([0.3, -0.2, 1.1, 0.0], dtype=torch.float64, requires_grad=True)
     log_p, log_ref = parameters.log_softmax(0), torch.tensor([1.0, 0.1, -0.4, 0.3], dtype=torch.float64).log_softmax(0)
@@ -36,7 +36,7 @@ def test_the_dual_clip_bounds_the_loss_of_negative_advantages(log_ratio, advanta
     assert bool((torch.autograd.grad(loss, logps)[0] == 0).all()) == bounded
 
 
-def test_the_logged_kl_is_a_mean_per_token_whatever_the_divisor(tmp_path):
+def test_the_logged_kl_is_a_mean_per_token_with_any_divisor(tmp_path):
     shrink(grpo, tmp_path).LEARNING_RATE = 1e-12
     trainer = grpo.GRPOTrainer()
     rollouts = trainer.generate_responses_with_group_sampling(1)

@@ -1,4 +1,4 @@
-"""What GSPO alone promises: how its levels of the ratio relate to each other."""
+"""Tests of GSPO alone: how its levels of the ratio relate to each other."""
 
 import torch
 from variants import loss_and_grad, random_batch

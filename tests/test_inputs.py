@@ -1,4 +1,4 @@
-"""What becomes of rows as files hold them: answers as text, held-out prompts apart, messages by their roles."""
+"""Rows of data files: answers as text, held-out prompts, messages by their roles."""
 
 import datetime
 import json
@@ -81,7 +81,7 @@ def test_prompts_are_held_out_whole_and_once_each(capsys):
     assert {row["prompt"] for row in again} != {row["prompt"] for row in held_out}
 
 
-def test_overlap_is_said_and_a_sorted_file_is_sampled_by_seed(small, tmp_path, capsys):
+def test_overlap_is_warned_about_and_a_sorted_file_is_sampled_by_seed(small, tmp_path, capsys):
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "level": b} for b in (1, 7) for a in range(40, 80)]
     small.EVAL_PROMPTS = jsonl(tmp_path / "sorted.jsonl", *rows)
     small.PROMPTS = jsonl(tmp_path / "train.jsonl", *rows[:5], {"prompt": "1+1=", "answer": "2"})
@@ -132,7 +132,7 @@ def test_there_is_one_system_turn(tmp_path, capsys):
     assert plain == "Own.\n6+7=" and prompt_of(tmp_path, [USER], None, system_prompt="Flag.") == "Flag.\n6+7="
 
 
-def test_a_template_gets_the_variables_and_one_without_system_is_said(tmp_path):
+def test_a_template_gets_its_variables_and_one_that_refuses_a_system_message_is_named(tmp_path):
     assert prompt_of(tmp_path, [USER], variables={"effort": "low"}).endswith("<assistant>low")
     for name in ("messages", "tokenize", "add_generation_prompt", "chat_template"):
         with pytest.raises(configs.InputError, match=f"CHAT_TEMPLATE_KWARGS sets {name}, .*leave it out"):
@@ -142,7 +142,7 @@ def test_a_template_gets_the_variables_and_one_without_system_is_said(tmp_path):
         prompt_of(tmp_path, [USER], no_system, system_prompt="Flag.")
 
 
-def test_no_prompt_ends_with_an_end_that_the_tokenizer_adds(tmp_path):
+def test_an_end_of_sequence_that_the_tokenizer_adds_is_removed_from_prompts(tmp_path):
     tokenizer = chat_tokenizer(None)
     end = (tokenizer.eos_token, tokenizer.eos_token_id)
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -156,7 +156,7 @@ def test_no_prompt_ends_with_an_end_that_the_tokenizer_adds(tmp_path):
     assert tokenizer.decode(row["prompt_ids"]) == "6+7="
 
 
-def test_what_a_rule_reads_has_special_tokens_but_no_end():
+def test_rules_read_special_tokens_but_no_end_of_sequence():
     tokenizer = chat_tokenizer(None)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
     ids = tokenizer("<answer>7</answer>")["input_ids"] + [tokenizer.eos_token_id]
@@ -179,7 +179,7 @@ def test_an_unusable_cache_is_named_and_other_errors_are_not(tmp_path, monkeypat
     assert "HF_HOME" not in errors.hub_remedy("id", "a file", FileNotFoundError(2, "none", "/elsewhere"))
 
 
-def test_a_rotation_that_depends_on_the_longest_sequence_is_refused_where_it_can_change():
+def test_a_rotation_that_depends_on_the_longest_sequence_is_refused_if_it_can_change():
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
     sizes = {
         "hidden_size": 32,

@@ -23,7 +23,7 @@ from inputs.chat import encode_prompts
 from inputs.prompts import load_prompts
 from scoring.reward_models import RewardModel
 
-datasets.disable_progress_bars()  # stderr is for what a person is to read
+datasets.disable_progress_bars()  # stderr is for messages to a person
 ARITHMETIC = configs.HERE / "data/models/arithmetic-policy"
 GSM8K = configs.HERE.parent / "shared" / "gsm8k" / "train.jsonl"
 TEMPLATE = (
@@ -53,7 +53,7 @@ ARCHITECTURES = {
 
 
 def gsm8k_rows(count):
-    """Rows in the form of GSM8K's, the same on every machine."""
+    """Returns rows in the form of GSM8K's. They are the same on every machine."""
     return [
         {
             "question": f"Ann has {i} pens and buys {i + 2} more. How many has she?",
@@ -65,7 +65,7 @@ def gsm8k_rows(count):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A BPE tokenizer with a chat template, two ends of sequence, and the second of them as padding."""
+    """Returns a BPE tokenizer with a chat template and two ends of sequence. The second one is also the padding."""
     lines = [row["question"] + " " + row["answer"] for row in gsm8k_rows(300)]
     bpe = tokenizers.ByteLevelBPETokenizer()
     special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -82,7 +82,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model_folder(tokenizer, tmp_path_factory):
-    """A function that makes a chat model of an architecture, with random weights, and gives its folder."""
+    """Returns a function that makes a chat model of an architecture, with random weights, and returns its folder."""
     made = {}
 
     def make(name):
@@ -151,7 +151,7 @@ def test_two_steps_on_gsm8k_rows_then_reload_and_generate(model_folder, gsm8k_fi
     assert trainer.eos_ids == [1, 2] and trainer.tokenizer.pad_token_id == 2
     before, history = weights(trainer.policy), trainer.train()
     unmoved = [name for name, value in trainer.policy.named_parameters() if torch.equal(value, before[name])]
-    assert not [name for name in unmoved if "experts" not in name], unmoved  # an expert may be asked nothing
+    assert not [name for name in unmoved if "experts" not in name], unmoved  # an expert may get no token
     assert history[1]["sampler_gap"] < 1e-4 and {"reward_math", "reward_format", "reward_length"} <= set(history[1])
     model = transformers.AutoModelForCausalLM.from_pretrained(trainer.run.folder / "final")
     reloaded = transformers.AutoTokenizer.from_pretrained(trainer.run.folder / "final")
@@ -187,7 +187,7 @@ def test_lora_trains_the_adapter_alone_and_final_holds_it_merged(model_folder, g
     folder = trainer.run.folder
     assert (folder / "checkpoints/step-1/adapter_config.json").is_file()
     assert (folder / "checkpoints/step-1/adapter_model.safetensors").stat().st_size < 50_000
-    assert not list(folder.rglob("README.md"))  # peft's form, which nobody has filled in
+    assert not list(folder.rglob("README.md"))  # peft's empty model card
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder / "final", output_loading_info=True)
     assert not any(info.values())
     model.set_attn_implementation(packing.NAME)
@@ -198,7 +198,7 @@ def test_lora_trains_the_adapter_alone_and_final_holds_it_merged(model_folder, g
 
 
 def generates(model, trainer):
-    """What a model makes of the first held-out prompt, by its own generate()."""
+    """Returns a model's completion of the first held-out prompt, by its own generate()."""
     ids = torch.tensor([trainer.eval_rows[0]["prompt_ids"]])
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)[0, ids.shape[1] :].tolist()
 
@@ -353,7 +353,7 @@ def test_prompts_are_held_out_by_share_and_long_ones_left_out_and_counted(model_
     assert f"left out {left_out} of 18 prompts" in capsys.readouterr().out
 
 
-def test_the_embedded_task_is_not_what_another_one_is_evaluated_on(model_folder, gsm8k_files, capsys):
+def test_another_task_is_not_evaluated_on_the_embedded_one(model_folder, gsm8k_files, capsys):
     shipped = [(script.PROMPTS, script.EVAL_PROMPTS) for script in SCRIPTS]
     assert shipped == [load.EMBEDDED] * len(SCRIPTS)
     trainer = set_up(gspo, model_folder("qwen3"), gsm8k_files, EVAL_PROMPTS=load.EMBEDDED[1], EVAL_SIZE=99)
@@ -366,8 +366,11 @@ def test_the_embedded_task_is_not_what_another_one_is_evaluated_on(model_folder,
     assert len(trainer_of(gspo).train_rows) == 4096 and "holding out" not in capsys.readouterr().out
 
 
-def test_activations_are_computed_again_by_either_name_of_it(model_folder, gsm8k_files, monkeypatch):
-    """transformers has renamed it, and warns of the old name; requirements.txt allows versions with either."""
+def test_gradient_checkpointing_works_by_its_old_and_new_name(model_folder, gsm8k_files, monkeypatch):
+    """transformers has renamed the method, and warns of the old name.
+
+    requirements.txt allows versions with either name.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         set_up(gspo, model_folder("qwen3"), gsm8k_files, GRADIENT_CHECKPOINTING=True)
@@ -412,7 +415,7 @@ def token_scorer(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_a_token_classifier_rewards_each_token_of_what_was_sampled(model_folder, gsm8k_files, token_scorer, script):
+def test_a_token_classifier_rewards_each_sampled_token(model_folder, gsm8k_files, token_scorer, script):
     script.OVERLONG_FILTER, script.OVERLONG_CACHE = False, 0  # of dapo.py
     script.RATIO_LEVEL = "sequence_token"  # of gspo.py
     constants = {**token_scorer, "REWARDS": "reward_model 0.5, length 2", "SAVE_EVERY": 0}

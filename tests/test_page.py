@@ -1,4 +1,4 @@
-"""What a user watches: the samples' page in a browser, TensorBoard files, evaluation, the self-test."""
+"""The pages and logs that a user watches: samples in a browser, TensorBoard files, evaluation, the self-test."""
 
 import contextlib
 import html.parser
@@ -71,7 +71,7 @@ def test_a_token_is_coloured_by_the_change_of_its_log_prob(tmp_path):
 
 def test_a_page_reads_the_end_of_the_samples_alone(tmp_path, monkeypatch):
     rows, loads, read = [sample(step) for step in range(1, 500)], json.loads, []
-    rows[-1]["logp_change"] = [None] * len(rows[-1]["logp_change"])  # as what was no number is written
+    rows[-1]["logp_change"] = [None] * len(rows[-1]["logp_change"])  # NaN is written as None
     monkeypatch.setattr(sample_page, "MOST_TOKENS", 3 * rows[0]["tokens"])
     monkeypatch.setattr(sample_page.json, "loads", lambda text: (read.append(text), loads(text))[1])
     assert "Steps 497 to 499" in Text(write(tmp_path, rows).read_text()).text
@@ -134,7 +134,7 @@ def test_a_bad_line_of_samples_is_one_line(tmp_path, capsys, line):
 
 
 def in_browser(path, tmp_path):
-    """The page as Chromium has it once its scripts, if any, have run."""
+    """Returns the page as Chromium has it after its scripts, if any, have run."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--window-size=1200,800", "--virtual-time-budget=2000", "--dump-dom", path.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
@@ -197,7 +197,7 @@ def test_tensorboard_files_hold_the_metrics(small):
     assert not list(trainer.run.folder.glob("events.*"))
 
 
-def test_where_tensorboard_cannot_begin_the_run_goes_on(small, monkeypatch, capsys):
+def test_the_run_goes_on_if_tensorboard_cannot_begin(small, monkeypatch, capsys):
     tensorboard, full = pytest.importorskip("torch.utils.tensorboard"), mock.Mock(side_effect=OSError("no space"))
     monkeypatch.setattr(tensorboard, "SummaryWriter", full)
     small.MAX_STEPS = 1
@@ -270,7 +270,7 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k(samples, k):
 
 def test_wilsons_interval_is_that_of_the_closed_form():
     low, high = evaluation.wilson_interval(0.3, 50)
-    for bound in (low, high):  # where the score test just does not reject
+    for bound in (low, high):  # at a bound, the score test just does not reject
         assert abs(0.3 - bound) / (bound * (1 - bound) / 50) ** 0.5 == pytest.approx(1.96)
     assert evaluation.wilson_interval(1.0, 10)[1] == 1.0 and evaluation.wilson_interval(1.0, 10)[0] < 0.8
 
@@ -291,7 +291,7 @@ def test_the_selftest_passes_on_the_embedded_task_and_leaves_nothing(small_scrip
     assert not (tmp_path / "outputs").exists()
 
 
-def test_the_selftest_passes_with_lora_whose_a_has_no_gradient_at_first(small, capsys):
+def test_the_selftest_passes_with_lora_although_its_a_has_no_gradient_at_first(small, capsys):
     small.main(["--selftest", "--lora-rank", "4"])
     mark, text = lines_of(capsys)["weights that the step moved"]
     assert mark == "ok" and "100%" in text and " 0 of " in text

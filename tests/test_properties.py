@@ -1,6 +1,6 @@
-"""What the scripts' pure functions promise for any input: no NaN, and of the flag parser: an InputError or none.
+"""Properties for any input: pure functions return no NaN, and the flag parser raises nothing but InputError.
 
-Values may overflow to inf, as the exp of a large log-ratio does; a NaN is never a value of anything here.
+Values may overflow to inf, as the exp of a large log-ratio does. But no value is ever NaN.
 """
 
 import math
@@ -51,7 +51,7 @@ over_losses = pytest.mark.parametrize(
 
 @st.composite
 def batches(draw, lowest=-1e4, padding=PADDING):
-    """logps, old_logps, advantages and mask: any dtype, lengths and values; padding that holds whatever it likes.
+    """Draws logps, old_logps, advantages and mask, of any dtype, lengths and values. Padding may hold anything.
 
     Log-probs are those of sampled tokens, finite and in [lowest, 0]. At -1e4 a ratio overflows in every dtype.
     """
@@ -80,7 +80,7 @@ def no_nan(*tensors):
 
 
 def value_and_gradient(function, logps, *rest):
-    """What a loss function gives, and its gradient with respect to logps."""
+    """Returns the value of a loss function, and its gradient with respect to logps."""
     logps = logps.detach().clone().requires_grad_()
     value = function(logps, *rest)
     loss = value[0] if isinstance(value, tuple) else value
@@ -89,7 +89,7 @@ def value_and_gradient(function, logps, *rest):
 
 
 def small_batch(logp, old_logp, advantage, *, dtype=torch.float32, padding=None):
-    """One completion of one token, and a place of padding after it if asked for."""
+    """Returns one completion of one token, with a place of padding after it if asked for."""
     rest = [] if padding is None else [padding]
     logps, old_logps = (torch.tensor([[value, *rest]], dtype=dtype) for value in (logp, old_logp))
     return logps, old_logps, torch.tensor([advantage], dtype=dtype), torch.tensor([[True] + [False] * len(rest)])
@@ -121,7 +121,7 @@ def test_the_policy_loss_has_no_nan(script, constants, batch):
 @example(batch=small_batch(0.0, -100.0, 0.0))  # a dead group: inf x 0 in the loss
 @example(batch=small_batch(0.0, -100.0, 1.0))  # the clip holds the loss, and inf x 0 is in the gradient
 @example(batch=small_batch(0.0, -12.0, 1.0, dtype=torch.float16))
-def test_the_policy_loss_has_no_nan_where_the_ratio_overflows(script, constants, batch):
+def test_the_policy_loss_has_no_nan_if_the_ratio_overflows(script, constants, batch):
     vars(script).update(constants)
     assert_sound(script, batch)
 
@@ -159,7 +159,7 @@ def assert_kl_loss_is_sound(script, batch, ref_logps):
 
 
 def other_logps(draw_from):
-    """What the reference model may say of a batch: the same, more or less of it."""
+    """Draws how the reference model's log-probs differ from the batch's: not at all, upwards or downwards."""
     return st.sampled_from([lambda x: x, lambda x: x - 0.5, lambda x: x * 0.5, torch.zeros_like]).map(
         lambda change: change(draw_from)
     )
@@ -177,7 +177,7 @@ def test_the_kl_loss_has_no_nan(script, constants, batch, data):
 @settings(max_examples=25)
 @given(batch=batches(padding=(0.0,)), ref_is_sure=st.booleans())
 @example(batch=small_batch(-200.0, 0.0, 0.0), ref_is_sure=True)
-def test_the_kl_loss_has_no_nan_where_it_overflows(script, constants, batch, ref_is_sure):
+def test_the_kl_loss_has_no_nan_if_it_overflows(script, constants, batch, ref_is_sure):
     vars(script).update(constants)
     assert_kl_loss_is_sound(script, batch, torch.zeros_like(batch[0]) if ref_is_sure else batch[1])
 
@@ -215,7 +215,7 @@ def test_advantages_have_no_nan_and_dead_groups_none(script, kind, data):
         rewards, group_size = torch.tensor([65504, 65504, -65504, 6e-8], dtype=torch.float16), 2
     else:
         dtype, group_size = data.draw(st.sampled_from([*DTYPES, torch.int64])), data.draw(st.integers(2, 5))
-        largest = 1e4 if dtype in (torch.float16, torch.int64) else 1e30  # which is what a reward may be
+        largest = 1e4 if dtype in (torch.float16, torch.int64) else 1e30  # a reward may be as large as this
         reward = st.one_of(st.sampled_from([0.0, 1.0, 1 / 3, 1e-7, -largest, largest]), st.floats(-largest, largest))
         count = group_size * data.draw(st.integers(1, 3))
         rewards = torch.tensor(data.draw(st.lists(reward, min_size=count, max_size=count)), dtype=torch.float64)
@@ -321,7 +321,10 @@ def flags_of(script):
 
 
 def words(script):
-    """Words of a command line: flags as they are, misspelt or with a value, and values of every kind and of none."""
+    """Draws words of a command line.
+
+    Flags are right, misspelt or with a value. Values are of every kind, and of none.
+    """
     value = st.one_of(
         st.integers().map(str),
         st.floats().map(str),
@@ -340,7 +343,7 @@ def test_a_command_line_is_taken_or_is_an_input_error(script, data):
     before = configs.constant_values(vars(script))
     try:
         configs.apply_overrides(vars(script), argv, Run.set_constants)
-        configs.snapshot(vars(script))  # what was taken keeps the rules
+        configs.snapshot(vars(script))  # accepted values keep the rules
     except configs.InputError as error:
         assert str(error).strip()
     except SystemExit as exit_:

@@ -1,4 +1,4 @@
-"""Whatever happens to a run, nothing finished is lost, and a resumed run is the run that it would have been."""
+"""Whatever happens to a run, nothing finished is lost, and a resumed run ends like an uninterrupted one."""
 
 import contextlib
 import errno
@@ -40,12 +40,12 @@ def named(value):
 
 
 class Crash(BaseException):
-    """What a kill leaves behind, without the kill."""
+    """Ends a run as a kill would, without the kill."""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A function: the metrics, samples and weights of an uninterrupted run of four steps."""
+    """Returns a function that gives the metrics, samples and weights of an uninterrupted run of four steps."""
     done = {}
 
     def run(script, **constants):
@@ -91,7 +91,7 @@ def resumed(script, folder):
 
 
 def crashing(trainer, at):
-    """The trainer, dying in the updates of a step, with some of its weights moved already."""
+    """Returns the trainer, which dies in the updates of a step, when some of its weights have moved."""
     train_step, update = trainer.train_step, trainer.update
 
     def dying(step):
@@ -117,9 +117,9 @@ def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path, whole, script, at
     assert_the_same(resumed(script, trainer.run.folder), whole(script))
 
 
-def test_with_lora_a_bfloat16_policy_and_a_schedule_too(tmp_path, whole):
+def test_a_resumed_run_with_lora_bfloat16_and_a_schedule_is_the_same_too(tmp_path, whole):
     constants = {"LORA_RANK": 2, "POLICY_DTYPE": "bfloat16", "LR_SCHEDULE": "cosine", "KL_COEF": 0.1}
-    constants["MAX_COMPLETION_TOKENS"] = 12  # few, for bfloat16 is slow on many a CPU
+    constants["MAX_COMPLETION_TOKENS"] = 12  # few, because bfloat16 is slow on many CPUs
     expected = whole(grpo, **constants)
     trainer = crashing(set_up(grpo, tmp_path, **constants), 4)
     with pytest.raises(Crash):
@@ -142,7 +142,10 @@ def test_dapo_carries_surplus_groups_and_rounds_over_the_checkpoint(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="to be resumed on the CPU")
 def test_a_run_of_two_gpus_resumes_on_the_cpu(tmp_path, whole):
-    """What is on the disk tells of devices in config.json alone; every tensor of a checkpoint is one of the CPU."""
+    """On the disk, only config.json names devices.
+
+    Every tensor of a checkpoint is on the CPU.
+    """
     trainer = crashing(set_up(grpo, tmp_path), 4)
     with pytest.raises(Crash):
         trainer.train()
@@ -151,7 +154,7 @@ def test_a_run_of_two_gpus_resumes_on_the_cpu(tmp_path, whole):
     assert config["constants"]["POLICY_DEVICE"] == "cpu"
     config["constants"] |= {"POLICY_DEVICE": "cuda:0", "REF_DEVICE": "cuda:1", "REWARD_DEVICE": "cuda:1"}
     (folder / "config.json").write_text(json.dumps(config))
-    state = torch.load(checkpoints.newest(folder) / "state.pt", weights_only=True)  # where it was saved from
+    state = torch.load(checkpoints.newest(folder) / "state.pt", weights_only=True)  # not moved to another device
     assert {value.device.type for value in tensors_of(state)} == {"cpu"}
     assert_the_same(resumed(grpo, folder), whole(grpo))
 
@@ -182,7 +185,7 @@ def test_resuming_a_complete_run_says_so_and_changes_nothing(tmp_path, capsys):
 
 
 def resume(capsys, script, *argv):
-    """Exit code and stderr's last line of `python script --resume ...`, in this process."""
+    """Returns the exit code and stderr's last line of `python script --resume ...`, run in this process."""
     with pytest.raises(SystemExit) as exit_:
         script.main([str(word) for word in argv])
     return exit_.value.code, capsys.readouterr().err.strip().splitlines()[-1]
@@ -192,7 +195,7 @@ def test_constants_come_from_the_run_and_others_are_named(tmp_path, capsys):
     trainer = set_up(gspo, tmp_path, MAX_STEPS=2, SAVE_EVERY=1, LEARNING_RATE=2e-3)
     trainer.train()
     folder = trainer.run.folder
-    gspo.LEARNING_RATE = 1e-3  # as shipped: the run's own 2e-3 is what counts
+    gspo.LEARNING_RATE = 1e-3  # as shipped, but the run's own 2e-3 counts
     gspo.main(["--resume", str(folder), "--max-steps", "3", "--eval-every", "1"])
     assert gspo.LEARNING_RATE == 2e-3 and len(read_jsonl(folder / "metrics.jsonl")) == 4
     code, line = resume(capsys, gspo, "--resume", folder, "--group-size", 16, "--seed", 3)
@@ -207,7 +210,7 @@ def test_constants_come_from_the_run_and_others_are_named(tmp_path, capsys):
     assert code == 2 and "CLIP_LOW = 0.05, not 0.03" in line
 
 
-def test_from_python_too_a_run_is_not_continued_with_other_constants(run_of_four, tmp_path):
+def test_python_cannot_continue_a_run_with_other_constants_either(run_of_four, tmp_path):
     logged = (run_of_four / "config.json").read_bytes()
     trainer = set_up(gspo, tmp_path, RESUME=str(run_of_four), MAX_STEPS=5, LEARNING_RATE=2e-3, SEED=1)
     with pytest.raises(configs.InputError, match="LEARNING_RATE = 0.001, not 0.002, SEED = 0, not 1; leave that"):
@@ -333,7 +336,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert waited == [True, True] and checkpoints.newest(trainer.run.folder).name == "step-3"
 
 
-def test_where_no_checkpoint_is_whole_nothing_begins_again(run_of_four, tmp_path, capsys):
+def test_a_run_without_a_whole_checkpoint_does_not_start_over(run_of_four, tmp_path, capsys):
     for path in run_of_four.glob("checkpoints/*/state.pt"):
         path.unlink()
     logged = (run_of_four / "metrics.jsonl").read_bytes()
@@ -352,7 +355,7 @@ def test_a_marker_that_cannot_be_read_stops_no_run(run_of_four, tmp_path):
 
 
 def test_the_final_model_of_a_complete_run_is_that_of_its_last_step(run_of_four, tmp_path):
-    """As where a longer run was killed, or met a full disk, before its own final/ lay in its place."""
+    """An older final/ may lie there if a longer run was killed, or met a full disk, before it wrote its own."""
     expected = (run_of_four / "final/model.safetensors").read_bytes()
     weights = load_file(run_of_four / "final/model.safetensors")
     save_file({name: value * 2 for name, value in weights.items()}, run_of_four / "final/model.safetensors")
@@ -361,7 +364,7 @@ def test_the_final_model_of_a_complete_run_is_that_of_its_last_step(run_of_four,
     assert (run_of_four / "final/model.safetensors").read_bytes() == expected
 
 
-def test_what_a_resumed_run_was_asked_for_holds_for_the_next_one_too(run_of_four, tmp_path):
+def test_changes_of_a_resumed_run_hold_when_it_is_resumed_again(run_of_four, tmp_path):
     set_up(gspo, tmp_path)
     gspo.main(["--resume", str(run_of_four), "--max-steps", "5", "--sample-groups", "1"])
     gspo.MAX_STEPS, gspo.SAMPLE_GROUPS = 80, 2  # as shipped
@@ -444,7 +447,7 @@ def test_closed_or_ascii_output_ends_no_run_and_a_log_gets_a_line_per_step(tmp_p
 
     def closed():
         os.close(1)
-        sys.stdout = None  # as Python has it then
+        sys.stdout = None  # Python sets it so if stdout is closed
         gspo.main(argv)
 
     shown = []
@@ -467,7 +470,7 @@ def test_several_processes_are_refused_in_one_line(tmp_path, monkeypatch, capsys
     assert code == 2 and "one of 2 processes, as by torchrun, which is not supported yet" in line
 
 
-def test_what_the_end_would_not_be_able_to_write_is_tried_first(tmp_path, monkeypatch, capsys):
+def test_saving_the_final_model_is_tried_before_training(tmp_path, monkeypatch, capsys):
     shrink(gspo, tmp_path)
 
     def broken(*_):
@@ -579,7 +582,7 @@ def test_a_longer_run_under_a_falling_schedule_says_what_the_rate_will_do(tmp_pa
     assert "MAX_STEPS is 3 now and was 2" in out and "from 0.0005 in step 2 to 0.00033 in step 3" in out
 
 
-def test_ten_steps_without_a_signal_are_said_once_and_the_clip_is_not_blamed(tmp_path, capsys, monkeypatch):
+def test_ten_steps_without_a_signal_are_warned_about_once_and_the_clip_is_not_blamed(tmp_path, capsys, monkeypatch):
     scores_while_training(monkeypatch, lambda name, texts: [(0.0, None)] * len(texts))
     monkeypatch.setattr(progress, "IDLE_STEPS", 2)
     constants = {"MAX_STEPS": 4, "REWARDS": "exact_match", "ENTROPY_COEF": 0.0, "KL_COEF": 0.0, "ADAPTIVE_KL": False}
@@ -750,8 +753,10 @@ def test_pictures_that_cannot_be_drawn_stop_no_training(tmp_path, monkeypatch, c
 
 
 def run_with_room_for(size, argv, tmp_path, after="main"):
-    """A run of gspo.py that can write no file above some bytes, as on a disk that is full, or that gets full after a
-    method of Run: code, stdout, stderr."""
+    """Returns code, stdout and stderr of a run of gspo.py that can write no file above `size` bytes, as on a full disk.
+
+    after: the method of Run after which the disk is full, or "main" for a disk that is full from the start.
+    """
 
     def fill():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -778,10 +783,10 @@ def test_a_full_disk_stops_no_training_and_says_what_was_not_written(tmp_path):
     (folder,) = (tmp_path / "outputs").iterdir()
     assert len(read_jsonl(folder / "metrics.jsonl")) == 3 and not list(folder.rglob("*.part"))
 
-    def under_a_full_disk():  # nor does one under what is printed stop anything
+    def under_a_full_disk():  # a full disk under stdout stops nothing either
         os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
         gspo.main([*argv, "--resume", "latest"])
-        os._exit(0)  # for what is still to be written to the stream has nowhere to go
+        os._exit(0)  # because the stream's last text has nowhere to go
 
     run = Forked(under_a_full_disk, tmp_path)
     run.communicate(timeout=120)
@@ -879,7 +884,7 @@ def test_a_run_whose_updates_are_never_finite_stops_with_its_batch(tmp_path, mon
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_where_memory_runs_out_less_goes_through_at_once_with_the_same_result(tmp_path, monkeypatch, script):
+def test_if_memory_runs_out_smaller_parts_give_the_same_result(tmp_path, monkeypatch, script):
     results = []
     for most in (10**9, 100):
         trainer = set_up(script, tmp_path, MICRO_BATCH_TOKENS=2000, SAMPLE_GROUPS=0, TENSORBOARD=False)
@@ -905,7 +910,7 @@ def test_where_memory_runs_out_less_goes_through_at_once_with_the_same_result(tm
         assert little[name] == pytest.approx(plenty[name], rel=1e-3, abs=1e-6), name
 
 
-def test_where_not_even_one_fits_it_is_one_line(tmp_path, monkeypatch, capsys):
+def test_if_not_even_one_completion_fits_it_is_one_line(tmp_path, monkeypatch, capsys):
     shrink(gspo, tmp_path)
 
     def never(*_, **__):
@@ -937,13 +942,13 @@ def test_a_run_of_local_files_asks_no_network(tmp_path, monkeypatch):
 
     def refuse(host, *_, **__):
         asked.append(host)
-        raise AssertionError("the network was asked")  # no OSError, which would be tried again
+        raise AssertionError("the network was asked")  # not an OSError, because that is retried
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with contextlib.suppress(Exception):
         set_up(gspo, tmp_path, POLICY_MODEL="nobody/nothing")
-    assert asked  # so would be seen what a run of local files asks
+    assert asked  # the test does see requests
     asked.clear()
     set_up(gspo, tmp_path, MAX_STEPS=1, POLICY_MODEL=model).train()
     assert not asked
@@ -971,7 +976,7 @@ def test_killed_in_the_middle_of_writing_a_checkpoint(tmp_path, whole, at):
 
 
 def test_killed_at_random_moments_a_run_still_ends_as_it_would_have(tmp_path, monkeypatch):
-    """As benchmarks/crash.py does, with processes that start at once, and shorter runs without pictures."""
+    """Does the same as benchmarks/crash.py, with processes that start at once, and shorter runs without pictures."""
     sys.path.insert(0, str(configs.HERE / "benchmarks"))
     import crash
 

@@ -1,4 +1,4 @@
-"""Rule rewards: what the shipped ones say, and that no rule, whatever it does, takes a run with it."""
+"""Rule rewards: the scores of the shipped ones, and that no rule, whatever it does, takes a run with it."""
 
 import datetime
 import functools
@@ -93,15 +93,15 @@ def test_above_the_stated_share_of_failures_it_stops(rules_file):
         scorer([row()] * 4, ["list", "list", "list", "fine"])
 
 
-def test_the_server_is_started_again_where_it_has_died(rules_file):
+def test_a_server_that_has_died_is_started_again(rules_file):
     scorer = rules.Rewards({"rule": 1.0}, file=rules_file)
     scorer([row()], ["fine"])
     os.kill(rule_processes._server_of(str(rules_file)).process.pid, signal.SIGKILL)
     assert scorer([row(0.75)], ["fine"]) == [0.75]
 
 
-def test_timeouts_in_the_last_chunks_of_a_request_do_not_keep_the_next_from_being_answered(rules_file, monkeypatch):
-    """The processes that took too long are replaced while the server already waits for its next request."""
+def test_after_timeouts_at_the_end_of_a_request_the_next_is_answered(rules_file, monkeypatch):
+    """Processes that took too long are replaced while the server waits for its next request."""
     monkeypatch.setattr(rule_processes, "START", 5.0)
     scorer = rules.Rewards({"rule": 1.0}, file=rules_file)
     server = rule_processes._server_of(str(rules_file))
@@ -176,7 +176,7 @@ def kinds(tmp_path):
     return tmp_path / "rules.py"
 
 
-def test_a_rule_may_be_a_partial_an_object_or_a_lambda_and_memory_counts_from_what_loading_took(kinds):
+def test_a_rule_may_be_a_partial_an_object_or_a_lambda_and_its_memory_counts_after_loading(kinds):
     scorer = rules.Rewards(dict.fromkeys(("holds", "judge", "brief", "small"), 1.0), file=kinds)
     assert scorer([row()] * 2, ["#", "longer than that"]) == [2.25 + 20000, 0.25 + 20000] and not scorer.failures
 
@@ -196,7 +196,7 @@ def test_none_leaves_a_row_out_of_the_rules_mean_and_of_its_weight(kinds):
     assert scorer(tasks, ["a"] * 3) == [2.0, 0.0, 2.0]
     assert scorer([tasks[1]] * 3, ["a"] * 3) == [0.0, 0.0, 0.0] and not scorer.failures
     scorer = rules.Rewards({"some": 1.0, "not_there": 1.0}, file=kinds)
-    with pytest.raises(configs.InputError, match="2 of 3 scores failed"):  # but for those that concern no row
+    with pytest.raises(configs.InputError, match="2 of 3 scores failed"):  # scores of None do not count
         scorer([tasks[0], tasks[1]], ["a", "a"])
 
 
@@ -252,7 +252,7 @@ def test_answers_that_a_rule_cannot_read_are_counted_and_above_the_stated_share_
         rules.check_answers("exact_match", "EVAL_REWARD", [row() | {"answer": "3+4=7 #### 7"}], "PROMPTS")
 
 
-def test_answers_are_tried_only_where_they_are_concerned_and_in_forms_that_a_rule_knows(kinds, capsys):
+def test_only_answers_that_a_rule_concerns_are_tried_and_in_forms_that_it_knows(kinds, capsys):
     rows = [row() | {"answer": "7", "task": task} for task in ("this", "other")]
     assert rules.check_answers("some", "EVAL_REWARD", rows, "PROMPTS", kinds) == rows[:1]
     rules.check_answers("judge", "EVAL_REWARD", rows, "PROMPTS", kinds)  # a quarter for each: it wants another form
@@ -309,7 +309,7 @@ def test_a_rule_that_scores_some_completions_is_not_refused(tmp_path):
 def test_a_broken_file_of_rules_is_one_line_of_a_run_and_an_exception_of_a_trainer(
     small, tmp_path, monkeypatch, capsys, text, says
 ):
-    """And none of an import, which a SystemExit would end: that would be the end of a notebook's kernel, too."""
+    """An import raises nothing, because a SystemExit would end a notebook's kernel."""
     (tmp_path / "rewards.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "rewards")
@@ -334,7 +334,7 @@ def test_a_reward_model_that_returns_nan_is_a_failure_like_any_other():
     assert scorer.report()["reward_model"] == 0.0
 
 
-def test_where_a_real_reward_model_returns_nan_those_completions_alone_get_zero(small):
+def test_only_completions_for_which_a_reward_model_returns_nan_get_zero(small):
     trainer = small.GSPOTrainer()
     rollouts = trainer.generate_responses_with_group_sampling(1)
     healthy = trainer.compute_rewards(rollouts)
@@ -416,7 +416,7 @@ def test_an_evaluation_that_fails_leaves_the_model_of_its_step(small, monkeypatc
 def test_math(answer, completion, right):
     assert (
         rewards.math_reward("p", completion, {"answer": answer}) == right
-    )  # without a time limit, for the machine may be busy
+    )  # without a time limit, because the machine may be busy
 
 
 def test_an_answer_that_would_take_forever_to_compare_is_a_failure():

@@ -1,4 +1,4 @@
-"""Sampling and log-probs against naive computations of one sequence at a time; a random model, ragged prompts."""
+"""Sampling and log-probs against naive computations of one sequence at a time: a random model, ragged prompts."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def model():
 
 
 class Tokenizer:
-    """The two things that sampling asks of a tokenizer."""
+    """Has the two attributes that sampling reads of a tokenizer."""
 
     pad_token_id = PAD
 
@@ -56,7 +56,10 @@ def sample(model, rows=PROMPTS, group_size=4, eos_ids=(EOS,), greedy=False, toke
 
 @torch.no_grad()
 def naive_logps(model, prompt_ids, completion_ids):
-    """One sequence through the model, no padding, no cache; log-probs of its completion and the entropy there."""
+    """Returns log-probs of a completion, and the entropy at each of its tokens.
+
+    One sequence goes through the model, without padding and without a cache.
+    """
     logits = model(torch.tensor([prompt_ids + completion_ids])).logits[0, len(prompt_ids) - 1 : -1]
     log_probs = (logits / gspo.TEMPERATURE).log_softmax(-1)
     entropy = torch.distributions.Categorical(logits=log_probs).entropy()
@@ -83,7 +86,7 @@ def test_sampled_and_recomputed_log_probs_equal_the_naive_ones(model, temperatur
         assert (recomputed[i, n:] == 0).all() and (rollouts.sampled_logps[i, n:] == 0).all()
 
 
-def test_long_sequences_packed_with_short_ones_are_as_they_are_alone(model):
+def test_packing_long_sequences_with_short_ones_changes_no_log_prob(model):
     lengths = torch.tensor([120, 9, 100, 3, 5, 7, 4, 30])
     packed = packing.Packing(model, lengths)
     assert len(packed.parts) > 1
@@ -106,7 +109,7 @@ def test_a_row_is_the_same_alone_and_in_a_left_padded_batch(model):
 
 
 @pytest.mark.parametrize("name", ["Qwen3", "Qwen2", "Llama", "Qwen3Moe"])
-def test_the_decoders_step_is_the_models(name):
+def test_the_decoder_takes_the_same_step_as_the_model(name):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64, "initializer_range": 0.3}
@@ -129,7 +132,7 @@ def test_the_decoders_step_is_the_models(name):
 
 
 class RecordedOnCPU(decoding.Replayed):
-    """Records what a CUDA graph records: operations on memory as it lies, and no Python."""
+    """Records what a CUDA graph records: operations on memory, and no Python."""
 
     def record(self, work):
         self.recordings = getattr(self, "recordings", 0) + 1
@@ -147,10 +150,10 @@ def test_a_recorded_step_is_replayed_until_rows_leave_or_room_ends(model, monkey
     assert found.texts == expected.texts
     torch.testing.assert_close(found.sampled_logps, expected.sampled_logps)
     assert 3 <= recorded.recordings < int(expected.completion_lengths.max()) / 3
-    assert len(steps) == 2 * recorded.recordings  # as it is, and to be recorded; all others are replays
+    assert len(steps) == 2 * recorded.recordings  # once without a graph, and once to record it; all others are replays
 
 
-def test_without_a_graph_that_does_the_same_steps_are_taken_as_they_are(model, monkeypatch):
+def test_steps_run_without_a_graph_if_it_fails_or_gives_other_numbers(model, monkeypatch):
     def refuse(self, work):
         raise RuntimeError("no graphs here")
 
@@ -284,7 +287,7 @@ def test_prompts_of_steps_pass_over_the_data_in_a_new_order_each_time():
     assert len(gspo.prompts_of_step(rows, 1, gspo.BATCH_SIZE, gspo.generator_of)) == 25
 
 
-def test_under_bfloat16_sampling_and_training_agree_as_far_as_it_goes(model, monkeypatch):
+def test_sampling_and_training_agree_to_the_precision_of_bfloat16(model, monkeypatch):
     """The arithmetic of a GPU: autocast with float32 weights, for the sampler's own step and for the packed pass."""
     expected = sample(model)
     for module in (gspo, sampling):
@@ -298,4 +301,4 @@ def test_under_bfloat16_sampling_and_training_agree_as_far_as_it_goes(model, mon
     assert rollouts.sampled_logps.dtype == torch.float32
     assert (
         sum(a == b for a, b in zip(rollouts.texts, expected.texts, strict=True)) > 4
-    )  # the same until a coin is tight
+    )  # the same until a number is close to the edge between two tokens

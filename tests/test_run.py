@@ -1,4 +1,4 @@
-"""Whole runs at a small size: what is written, what is learned from, and what is left out."""
+"""Whole runs at a small size: the files that they write, the rows that they learn from, and those left out."""
 
 import json
 import math
@@ -103,7 +103,7 @@ def assert_summary(out, rows, folder):
     assert [float(share) for share in shares] == pytest.approx([100 * s / sum(seconds) for s in seconds], abs=0.5)
 
 
-def test_a_part_of_a_group_is_sampled_at_once_if_no_more_fits_with_the_same_completions(small, monkeypatch):
+def test_a_group_sampled_in_parts_for_lack_of_memory_has_the_same_completions(small, monkeypatch):
     trainer, sizes = small.GSPOTrainer(), []
     sample_together = trainer.sampler.sample_together
     expected = trainer.generate_responses_with_group_sampling(1)
@@ -128,7 +128,7 @@ def test_scores_of_evaluations_do_not_pile_up(small):
 
 
 def test_each_phase_is_timed_where_its_work_is_done_and_nothing_is_left_out(small, monkeypatch):
-    """By a clock that moves with the work alone; a pass for reference, sampler_gap or samples.jsonl takes 4 s."""
+    """The clock moves only with the work. A pass for reference, sampler_gap or samples.jsonl takes 4 s."""
     trainer, now = small.GSPOTrainer(), [0.0]
 
     def timed(seconds, work):
@@ -159,10 +159,10 @@ def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small_script
 
 @pytest.fixture
 def trainer_with_rollouts(small_script):
-    """A trainer off its starting point, with a reference model, and what one update needs."""
+    """Returns a trainer off its starting point, with a reference model, and the rollouts that an update needs."""
     small_script.KL_COEF, small_script.MAX_GRAD_NORM = 0.7, 1e9
     trainer = trainer_of(small_script)
-    trainer.optimizer.step = lambda: None  # look at the gradient, stay where we are
+    trainer.optimizer.step = lambda: None  # keeps the weights, because only the gradient is compared
     rollouts = trainer.generate_responses_with_group_sampling(1)
     rollouts.old_logps = trainer.compute_old_logps(rollouts) + 0.05
     rollouts.ref_logps = trainer.compute_ref_logps(rollouts) - 0.1
@@ -195,7 +195,7 @@ def test_how_a_batch_is_split_cannot_change_loss_or_gradient(trainer_with_rollou
 
 
 def test_an_update_takes_the_gradient_of_the_documented_loss(trainer_with_rollouts):
-    """loss = −J + kl_coef · mean k3 − ENTROPY_COEF · mean entropy, computed here from whole logits, a row at a time."""
+    """loss = −J + kl_coef · mean k3 − ENTROPY_COEF · mean entropy, computed here from whole logits, row by row."""
     script, trainer, rollouts = trainer_with_rollouts
     old_logps, ref_logps, advantages = rollouts.old_logps, rollouts.ref_logps, rollouts.advantages
     script.ENTROPY_COEF, trainer.kl_coef = 0.3, 0.7
@@ -287,7 +287,7 @@ def test_a_script_run_through_a_link_says_the_commit_of_the_file_that_it_leads_t
     assert trainer.run.folder.name.startswith("train-") and (trainer.run.folder / "train.py").is_file()
 
 
-def test_a_run_uses_of_a_trainer_what_the_protocol_declares(small):
+def test_a_run_uses_a_trainer_exactly_as_the_protocol_declares(small):
     declared = {name for name in {**vars(Trainer), **Trainer.__annotations__} if not name.startswith("_")}
     used = set()
 
@@ -316,7 +316,7 @@ def test_a_run_uses_of_a_trainer_what_the_protocol_declares(small):
     assert used == declared - {"skipped"}  # which is for updates that are not finite
 
 
-def test_warnings_where_constants_cannot_work(small, capsys, monkeypatch):
+def test_constants_that_cannot_work_are_warned_about(small, capsys, monkeypatch):
     small.GSPO_EPOCHS = small.MINI_BATCHES = 1
     small.TOP_P = 0.9
     small.GSPOTrainer().train()
@@ -354,7 +354,7 @@ def titles(figure):
 
 
 def rows_of(panels, values):
-    """Steps from 1 whose metrics of those names are values(step, number of the metric)."""
+    """Returns steps from 1, whose metrics of those names are values(step, number of the metric)."""
     return [{"step": i} | {name: values(i, k) for k, name in enumerate(panels.split())} for i in range(1, 10)]
 
 
@@ -430,7 +430,7 @@ def test_plotting_what_cannot_be_read_fails_in_one_line(tmp_path, capsys, conten
 
 
 def test_on_another_device_rewards_and_reference_overlap_the_policys_own_pass(small, monkeypatch):
-    """Each side waits for the other to have begun, which one after the other could not end."""
+    """Each side waits until the other has begun. If one came after the other, this would never end."""
     monkeypatch.setattr(small.GSPOTrainer, "keep_samples", lambda *_: None)  # a pass after the step
     compute_log_probs = small.GSPOTrainer.compute_log_probs  # as in bfloat16; float32 has no pass of its own
     monkeypatch.setattr(

@@ -58,7 +58,7 @@ def test_drift_is_undone_and_an_own_function_is_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("line", ["VALUE = 1\n", "async def f():\n    pass\n"])
-def test_what_stands_after_an_exempt_function_is_not_exempt(line):
+def test_code_after_an_exempt_function_is_not_exempt(line):
     text = (siblings.ROOT / "dapo.py").read_text()
     start = text.index("def completion_logps")
     assert siblings.synced("dapo", text[:start] + line + "\n\n" + text[start:]) == text

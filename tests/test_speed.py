@@ -1,4 +1,4 @@
-"""What can be held of speed without a clock: how often a model is asked, for how many tokens, and who waits."""
+"""Properties of speed that need no clock: how often a model is called, for how many tokens, and who waits."""
 
 import gzip
 import itertools
@@ -20,7 +20,7 @@ from engine import packing, sampling, vocabulary
 
 
 class Passes:
-    """Counts what goes through a model: (token places, with gradient) of each pass."""
+    """Records (token places, with gradient) of each pass through a model."""
 
     def __init__(self, model):
         self.seen = []
@@ -35,7 +35,7 @@ class Passes:
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations that a GPU could not go past without telling Python a number or a shape."""
+    """Counts the operations at which a GPU must wait to tell Python a number or a shape."""
 
     count = 0
     aten = torch.ops.aten
@@ -64,7 +64,7 @@ def test_a_step_puts_each_token_through_each_model_once_and_no_padding(small_scr
 
     trainer.generate_responses_with_group_sampling = keep
     trainer.train_step(1)
-    lengths = sampled[0].lengths - 1  # nobody asks what comes after the last token
+    lengths = sampled[0].lengths - 1  # nothing is predicted after the last token
     assert reference.tokens(False) == int(lengths.sum()) and reference.tokens(True) == 0
     assert policy.tokens(True) == int(lengths.sum())  # every completion once, for all mini-batches together
     assert policy.tokens(False) == int(lengths[-script.GROUP_SIZE :].sum())  # the last group, to see the sampler's gap
@@ -90,7 +90,7 @@ def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_scri
     torch.testing.assert_close(stats["policy_loss"], loss.detach(), rtol=1e-4, atol=1e-6)
     for one, other in zip(found, torch.autograd.grad(loss, trainer.trained), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
-    script.ENTROPY_COEF = 1e-9  # with which all go through the model
+    script.ENTROPY_COEF = 1e-9  # then all completions go through the model
     again = trainer.update(rollouts)
     for name in ("clip_fraction", "ratio_mean", "ratio_min", "ratio_max"):
         torch.testing.assert_close(again[name], stats[name], rtol=1e-4, atol=1e-6)
@@ -119,8 +119,8 @@ def test_the_sampler_waits_only_when_it_checks_for_finished_rows(small, monkeypa
     assert shapes[0] == (4, max(len(row["prompt_ids"]) for row in rows))  # prompts once, not once per completion
     rows_left = [shape.numel() for shape in shapes[1:]]
     drops = sum(fewer < more for more, fewer in itertools.pairwise([16, *rows_left]))
-    before_and_after = 2 + len(rollouts.texts)  # two widths, and the lengths where completions are cut out
-    assert drops > 0 and waits.count == before_and_after + len(shapes) // every + drops  # a drop asks who stays
+    before_and_after = 2 + len(rollouts.texts)  # two widths, and the length of each completion
+    assert drops > 0 and waits.count == before_and_after + len(shapes) // every + drops  # a drop asks which rows stay
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -131,7 +131,7 @@ def test_log_probs_by_blocks_of_the_vocabulary_are_those_of_log_softmax(at_once,
     tokens, size, alive, most = 7, 130, [], 0
     head = torch.nn.Linear(5, size, bias=with_bias).double()
     hidden, targets = torch.randn(tokens, 5).double().requires_grad_(), torch.randint(0, size, (tokens,))
-    hidden.data[0] *= 1e4  # whose probabilities are 0 and 1
+    hidden.data[0] *= 1e4  # makes probabilities 0 and 1
     leaves, weights = [hidden, *head.parameters()], torch.randn(2, tokens).double()
 
     def linear(*arguments):
@@ -154,7 +154,7 @@ def test_log_probs_by_blocks_of_the_vocabulary_are_those_of_log_softmax(at_once,
 
 
 def test_benchmarks_count_the_operations_that_a_naive_pass_does(small, monkeypatch):
-    """Against torch's own counter, of a forward pass one sequence at a time with attention as plain products."""
+    """torch's own counter counts a forward pass, one sequence at a time, with attention as plain products."""
     monkeypatch.syspath_prepend(configs.HERE / "benchmarks")
     import workloads
 
@@ -166,7 +166,7 @@ def test_benchmarks_count_the_operations_that_a_naive_pass_does(small, monkeypat
         with FlopCounterMode(display=False) as counter:
             model(ids, logits_to_keep=completion)
         found = counter.get_flop_counts()["Global"]
-        pairs_of_tokens = found.pop(torch.ops.aten.bmm)  # all of them, of which causal attention sees a half
+        pairs_of_tokens = found.pop(torch.ops.aten.bmm)  # all of them; causal attention sees half of them
         of_passes.append(sum(found.values()) + pairs_of_tokens / 2)
     counted = workloads.flops(model, pairs, group_size=2)
     of_passes = pytest.approx(sum(of_passes), rel=1e-3)  # the angles of positions are products, too
@@ -176,7 +176,7 @@ def test_benchmarks_count_the_operations_that_a_naive_pass_does(small, monkeypat
     assert counted["rollout"] + prompts_again - 2 * head == of_passes
 
 
-def test_packed_sequences_are_cut_where_rows_would_be_mostly_padding():
+def test_packed_sequences_are_cut_if_rows_would_be_mostly_padding():
     pairs = {}
     for lengths in (
         [200, 190, 12, 11, 10],

@@ -1,4 +1,4 @@
-"""Every script with each setting of the constants that change its loss, and the objective as the papers write it."""
+"""Every script with each setting of the constants that change its loss, and the objectives as in the papers."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def sequence_level(script):
 
 
 def naive_loss(script, logps, old_logps, advantages, completion_mask):
-    """−J one sequence and one token after the other: the loss, and the share of ratios that the clip takes out."""
+    """Returns −J, computed token by token, and the share of ratios whose gradient the clip removes."""
     terms, clipped, ratios_seen = [], 0, 0
     for i in range(len(logps)):
         tokens = [t for t in range(logps.shape[1]) if completion_mask[i, t]]
@@ -49,7 +49,7 @@ def naive_loss(script, logps, old_logps, advantages, completion_mask):
 
 
 def naive_mean(script, terms):
-    """The aggregation of LOSS_AGGREGATION over lists of one number per token, a list per sequence."""
+    """Returns the aggregation of LOSS_AGGREGATION. terms: a list per sequence, with one number per token."""
     how = getattr(script, "LOSS_AGGREGATION", "sequence_mean")
     if how == "token_mean":
         return sum(sum(sequence) for sequence in terms) / sum(len(sequence) for sequence in terms)
@@ -58,7 +58,10 @@ def naive_mean(script, terms):
 
 
 def random_batch(seed=0, batch=6, tokens=9, spread=0.6):
-    """logps (with gradient), old_logps, advantages, completion_mask, in float64; the first row has a single token."""
+    """Returns logps (with gradient), old_logps, advantages and completion_mask, in float64.
+
+    The first row has a single token.
+    """
     generator = torch.Generator().manual_seed(seed)
     old_logps = -torch.rand(batch, tokens, dtype=torch.float64, generator=generator) * 3
     logps = old_logps + spread * torch.randn(batch, tokens, dtype=torch.float64, generator=generator)
@@ -69,7 +72,7 @@ def random_batch(seed=0, batch=6, tokens=9, spread=0.6):
 
 
 def loss_and_grad(loss, logps, *rest):
-    """The value, the gradient with respect to logps and the statistics of a loss function."""
+    """Returns a loss function's value, its gradient with respect to logps, and its statistics."""
     logps = logps.detach().clone().requires_grad_()
     value, stats = loss(logps, *rest)
     value.backward()
