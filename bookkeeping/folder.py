@@ -8,7 +8,7 @@ outputs/gspo-20260131-101500/
     metrics.png      the 4x2 figure, redrawn while training runs
     samples.jsonl    prompts, completions, rewards, advantages, answers
     samples.html     the samples as a page, by sample_page.py
-    checkpoints/step-N/    the whole state after step N, see checkpoints.py
+    checkpoints/step-N/    the whole state after step N, see bookkeeping/checkpoints.py
     final/           the trained model, in Hugging Face layout
 """
 
