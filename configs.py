@@ -126,16 +126,18 @@ def constants_in(text):
     """Returns the constants in a script's text, {name: _Constant}, in the order of the file.
 
     A constant may take several lines. Raises InputError if one is set in another way than NAME = value, because its
-    value could not be read then.
+    value could not be read then, and if the text is no script, as while somebody edits it.
     """
     lines, found = text.splitlines(), {}
-    comments = (
-        token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT
-    )
-    banners = {token.start[0]: token.string for token in comments if token.line.startswith("# ---- ")}
-    start = next(line for line, banner in banners.items() if banner.startswith("# ---- Constants"))
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        tree, comments = ast.parse(text), [token for token in tokens if token.type == tokenize.COMMENT]
+        banners = {token.start[0]: token.string for token in comments if token.line.startswith("# ---- ")}
+        start = next(line for line, banner in banners.items() if banner.startswith("# ---- Constants"))
+    except (tokenize.TokenError, SyntaxError, StopIteration) as error:
+        raise InputError(f"the script's file cannot be read as it is now ({error!r}); finish the edit there") from None
     end = min((line for line in banners if line > start), default=len(lines) + 1)
-    for node in ast.parse(text).body:
+    for node in tree.body:
         if not start < node.lineno < end:
             continue
         targets = (
@@ -195,8 +197,14 @@ def snapshot(namespace: dict) -> Constants:
     path = Path(namespace["__file__"])
     text = path.read_text(encoding="utf-8")
     values = {name: namespace[name] for name in constants_in(text) if name in namespace}  # the file may have new ones
-    validate(values, namespace)
-    return Constants(values | {"OUTPUT_DIR": expand_home("OUTPUT_DIR", values["OUTPUT_DIR"])}, path, text)
+    try:
+        validate(values, namespace)
+        values["OUTPUT_DIR"] = expand_home("OUTPUT_DIR", values["OUTPUT_DIR"])
+    except KeyError as error:
+        raise InputError(f"{path} has no constant {error} any more, or Python removed it; put it back") from None
+    return Constants(
+        values | {"OUTPUT_DIR": expand_home("OUTPUT_DIR", values.get("OUTPUT_DIR", "outputs"))}, path, text
+    )
 
 
 def read_constants(namespace):

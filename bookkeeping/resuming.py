@@ -16,7 +16,7 @@ from engine.schedule import learning_rate_at
 MAY_CHANGE = DEVICES + (
     *("MAX_STEPS", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "SAMPLE_GROUPS", "TENSORBOARD", "WANDB_PROJECT"),
     *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "LOGITS_AT_ONCE", "GRADIENT_CHECKPOINTING"),
-    *("MERGE_LORA", "PROFILE", "MAX_RESAMPLES"),
+    *("MERGE_LORA", "PROFILE", "PANELS", "MAX_RESAMPLES"),
 )
 # These may change, too, if the run has fingerprints of their content. So the files may move, but not change.
 MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL")

@@ -66,8 +66,10 @@ def rules_module():
         import rewards
     except SyntaxError as error:
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}; mend it there") from None
-    except Exception as error:  # a user's file may raise anything
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise InputError(f"{RULES} cannot be imported: {type(error).__name__}: {error}; mend it there") from None
+    if type(getattr(rewards, "SECONDS", None)) not in (int, float) or rewards.SECONDS <= 0:
+        raise InputError(f"SECONDS of {RULES} must be a positive number: how long a rule may take; mend it there")
     return rewards
 
 

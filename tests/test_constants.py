@@ -352,3 +352,11 @@ def test_exact_match(completion, right):
     from rewards import exact_match
 
     assert exact_match("47+85=", completion, {"answer": "132"}) == right
+
+
+@pytest.mark.parametrize("text", ["", "SEED = (0\n", "# ---- Constants -\nSEED = 0\n# ---- Algorithm -\n"])
+def test_a_script_that_somebody_is_editing_is_one_line(tmp_path, monkeypatch, text):
+    (tmp_path / "gspo.py").write_text(text)
+    monkeypatch.setitem(vars(gspo), "__file__", str(tmp_path / "gspo.py"))
+    with pytest.raises(configs.InputError, match="finish the edit there|has no constant .* put it back"):
+        gspo.GSPOTrainer()

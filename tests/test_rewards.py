@@ -303,6 +303,8 @@ def test_a_rule_that_scores_some_completions_is_not_refused(tmp_path):
     ("text", "says"),
     [
         ("def rule(prompt, completion, row)\n    return 1.0\n", "rewards.py, line 1: expected ':'; mend it there"),
+        ("SECONDS = '1'\n", "must be a positive number: how long a rule may take; mend it there"),
+        ("raise SystemExit(3)\n", "cannot be imported: SystemExit: 3; mend it there"),
         ("import not_there\n", "cannot be imported: ModuleNotFoundError: No module named 'not_there'; mend it there"),
     ],
 )

@@ -217,7 +217,7 @@ print(before == outside())
     assert done.stdout.split() == ["True"], done.stderr
 
 
-@pytest.mark.parametrize("name", ["gspo.py", "grpo.py", "dapo.py"])
+@pytest.mark.parametrize("name", [path.name for path in configs.scripts()])
 def test_threads_are_told_not_to_spin_before_torch_starts_them(name):
     program = f"""
 import os, sys
