@@ -202,9 +202,7 @@ def snapshot(namespace: dict) -> Constants:
         values["OUTPUT_DIR"] = expand_home("OUTPUT_DIR", values["OUTPUT_DIR"])
     except KeyError as error:
         raise InputError(f"{path} has no constant {error} any more, or Python removed it; put it back") from None
-    return Constants(
-        values | {"OUTPUT_DIR": expand_home("OUTPUT_DIR", values.get("OUTPUT_DIR", "outputs"))}, path, text
-    )
+    return Constants(values, path, text)
 
 
 def read_constants(namespace):
@@ -439,15 +437,17 @@ _NAMES = (
     "ANSWER_COLUMN REWARDS EVAL_REWARD LORA_TARGETS OUTPUT_DIR"
 )
 RULES |= dict.fromkeys(_NAMES.split(), (str, bool, "a text that is not empty"))
+_SWITCHES = (
+    "USE_SEQUENCE_LEVEL_REWARD TRUST_REMOTE_CODE THINKING GRADIENT_CHECKPOINTING MERGE_LORA TENSORBOARD PROFILE "
+    "SELFTEST ADAPTIVE_KL"
+)
+RULES |= dict.fromkeys(_SWITCHES.split(), (bool, (True, False), None))
 RULES |= dict.fromkeys(DEVICES, (str, bool, 'a device such as "cpu" or "cuda:0"'))
 
 
 def _rule(name, namespace):
     if rule := namespace.get("limits", {}).get(name) or RULES.get(name):
         return rule
-    constant = constants_in(Path(namespace["__file__"]).read_text(encoding="utf-8")).get(name)
-    if constant and constant.source in ("True", "False"):
-        return bool, (True, False), None
     return RULES["EPOCHS"] if name.endswith("_EPOCHS") else (None, None, None)
 
 

@@ -155,6 +155,7 @@ PANELS = "policy_loss accuracy entropy clip_fraction resampled dead_groups_drawn
 
 # What configs.py cannot know: limits of this algorithm's own constants, in the form of RULES, and its rows of presets.
 limits = {
+    **dict.fromkeys(("DYNAMIC_SAMPLING", "OVERLONG_FILTER"), (bool, (True, False), None)),
     "MAX_RESAMPLES": (int, lambda v: v >= 0, "0 or more rounds of refilling per step"),
     "OVERLONG_CACHE": (int, lambda v: v >= 0, "0 or more tokens before the limit; 0 is off"),
     "LOSS_AGGREGATION": (str, ("token_mean", "sequence_mean"), None),
@@ -259,11 +260,7 @@ def ratio_stats(ratio, advantages, completion_mask):
     advantages = advantages.view(len(ratio), -1)  # (B, 1 or T)
     above = (advantages > 0) & (ratio > 1 + CLIP_HIGH)
     below = (advantages < 0) & (ratio < 1 - CLIP_LOW)
-    sides = {"low": below, "high": above}
-    shares = {
-        f"clip_fraction_{side}": ratio_metrics(ratio, sides[side], completion_mask)["clip_fraction"] for side in sides
-    }
-    return ratio_metrics(ratio, below | above, completion_mask) | shares
+    return ratio_metrics(ratio, below | above, completion_mask, low=below, high=above)
 
 
 def token_weights(completion_mask):
@@ -524,9 +521,8 @@ class DAPOTrainer:
         stats |= ratio_stats(ratio, batch.advantages, mask)
         if batch.ref_logps is not None:
             kl = compute_kl(logps, batch.ref_logps)
-            stats["kl_divergence"] = aggregate(kl, mask) / aggregate(
-                torch.ones_like(kl), mask
-            )  # mean, whatever the divisor
+            # The mean per token, whatever the loss divides by.
+            stats["kl_divergence"] = aggregate(kl, mask) / aggregate(torch.ones_like(kl), mask)
         return stats
 
     def compute_gradient(self, batch, budget):

@@ -472,9 +472,8 @@ class GRPOTrainer:
         stats |= ratio_stats(ratio, batch.advantages, mask)
         if batch.ref_logps is not None:
             kl = compute_kl(logps, batch.ref_logps)
-            stats["kl_divergence"] = aggregate(kl, mask) / aggregate(
-                torch.ones_like(kl), mask
-            )  # mean, whatever the divisor
+            # The mean per token, whatever the loss divides by.
+            stats["kl_divergence"] = aggregate(kl, mask) / aggregate(torch.ones_like(kl), mask)
         return stats
 
     def compute_gradient(self, batch, budget):

@@ -142,7 +142,10 @@ OUTPUT_DIR = "outputs"  # a run is OUTPUT_DIR/gspo-<time>/
 PANELS = "policy_loss entropy_loss kl_loss reward relative_advantage kl_divergence kl_coef avg_response_length"  # drawn
 
 # What configs.py cannot know: limits of this algorithm's own constants, in the form of RULES, and its rows of presets.
-limits = {"RATIO_LEVEL": (str, ("sequence", "sequence_token", "token"), None)}
+limits = {
+    "RATIO_LEVEL": (str, ("sequence", "sequence_token", "token"), None),
+    "LENGTH_NORMALIZED_RATIO": (bool, (True, False), None),
+}
 conflicts = {"RATIO_LEVEL": ("sequence", "USE_SEQUENCE_LEVEL_REWARD", False, "--ratio-level sequence_token")}
 presets = {"gsm8k": {"CLIP_LOW": 3e-4, "CLIP_HIGH": 4e-4, "KL_COEF": 0.0, "ADAPTIVE_KL": False}}
 
@@ -481,9 +484,8 @@ class GSPOTrainer:
         stats |= ratio_stats(ratio, batch.advantages, mask)
         if batch.ref_logps is not None:
             kl = compute_kl(logps, batch.ref_logps)
-            stats["kl_divergence"] = aggregate(kl, mask) / aggregate(
-                torch.ones_like(kl), mask
-            )  # mean, whatever the divisor
+            # The mean per token, whatever the loss divides by.
+            stats["kl_divergence"] = aggregate(kl, mask) / aggregate(torch.ones_like(kl), mask)
         return stats
 
     def compute_gradient(self, batch, budget):

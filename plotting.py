@@ -45,7 +45,7 @@ def plot_metrics(rows, panels=PANELS, *, constants=None, evaluations=None, title
         if name in BESIDE:
             lines = [*lines, *(BESIDE[name](axis, rows, constants or {}, evaluations) or ())]
         _log_if_spiky(axis, name, values)
-        handles, labels = axis.get_legend_handles_labels()
+        handles, _ = axis.get_legend_handles_labels()
         handles += [line for line in lines if line.axes is not axis]
         if handles:
             axis.legend(handles=handles, fontsize=8, framealpha=0.9)

@@ -41,15 +41,16 @@ def step_metrics(rollouts, updates, group_size):
     }
 
 
-def ratio_metrics(ratio, clipped, counted):
+def ratio_metrics(ratio, clipped, counted, **sides):
     """Returns metrics of the importance ratio, without gradient.
 
     ratio: one per sequence or per token. clipped: where the clip removes the gradient. counted: the entries to count.
-    All three have one shape.
+    sides: {name: where the clip removes the gradient on that side}. All have one shape.
     """
     ratio, number = ratio.detach(), counted.sum()
-    return {
-        "clip_fraction": (clipped & counted).to(ratio.dtype).sum() / number,
+    removed = {"clip_fraction": clipped} | {f"clip_fraction_{side}": there for side, there in sides.items()}
+    shares = {name: (there & counted).to(ratio.dtype).sum() / number for name, there in removed.items()}
+    return shares | {
         "ratio_mean": ratio.masked_fill(~counted, 0.0).sum() / number,
         "ratio_min": ratio.masked_fill(~counted, inf).min(),
         "ratio_max": ratio.masked_fill(~counted, -inf).max(),

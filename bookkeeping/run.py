@@ -54,18 +54,10 @@ class Trainer(Protocol):
 
 
 class Run:
-    """One run of a trainer, new or resumed, as a context around its steps. Raises InputError if it cannot be written.
+    """One run of a trainer, new or resumed, as a context around its steps. A script's train() shows the loop.
 
-        with Run(trainer) as run:
-            for step in run.steps():
-                metrics = run.unfinished or trainer.train_step(step)
-                run.keep(step, metrics)
-                if run.evaluation_is_due(step):
-                    metrics |= trainer.evaluate()
-                run.finish_step(step, metrics)
-
-    folder: the path of its folder. unfinished: the metrics of a step that is trained, but not yet evaluated and logged,
-    or None.
+    Raises InputError if the folder cannot be written. folder: its path. unfinished: the metrics of a step that is
+    trained, but not yet evaluated and logged, or None.
     """
 
     set_constants = staticmethod(resuming.set_constants)  # of a run to resume, for configs.apply_overrides
@@ -124,7 +116,7 @@ class Run:
                 before = self.files.config()
                 self.files.cut_logs(self.history, self.done, in_part=self.unfinished is not None)
                 self.files.write("config.json", before | {"constants": constants})
-                without = "" if checkpoint else ", for it has no checkpoint"
+                without = "" if checkpoint else ", because it has no checkpoint"
                 print(f"Resumed {self.folder} after step {self.done}{without}")
                 steps_before = before["constants"].get("MAX_STEPS")
                 resuming.say_what_the_rate_will_do(self.constants, steps_before, self.done, self.history)

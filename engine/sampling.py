@@ -58,10 +58,8 @@ class Sampler:
         hidden, cache, visible, position = self.read_prompts(rows, group_size, max_tokens)
         width, eos_ids = visible.shape[1] - max_tokens, torch.tensor(self.eos_ids, device=device)
         ids = torch.full((batch, max_tokens), self.tokenizer.pad_token_id, device=device)
-        logps, lengths = (
-            torch.zeros(batch, max_tokens, device=device),
-            torch.zeros(batch, dtype=torch.long, device=device),
-        )
+        logps = torch.zeros(batch, max_tokens, device=device)
+        lengths = torch.zeros(batch, dtype=torch.long, device=device)
         place = torch.arange(batch, device=device)  # the completion of each row that is still in the batch
         running = torch.ones(batch, dtype=torch.bool, device=device)
         # This is not the autocast of read_prompts, because each keeps copies of the weights until it ends.

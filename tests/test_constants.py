@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from conftest import SCRIPTS
 
 import configs
 import dapo
@@ -360,3 +361,14 @@ def test_a_script_that_somebody_is_editing_is_one_line(tmp_path, monkeypatch, te
     monkeypatch.setitem(vars(gspo), "__file__", str(tmp_path / "gspo.py"))
     with pytest.raises(configs.InputError, match="finish the edit there|has no constant .* put it back"):
         gspo.GSPOTrainer()
+
+
+def test_a_switch_of_a_script_edited_to_something_else_is_refused(tmp_path):
+    for script in SCRIPTS:
+        text = (configs.HERE / f"{script.__name__}.py").read_text()
+        switches = [name for name, value in configs.constant_values(vars(script)).items() if type(value) is bool]
+        for name in switches:
+            (tmp_path / "mine.py").write_text(re.sub(rf"(?m)^{name} = \w+", f'{name} = "yes"', text))
+            namespace = vars(script) | {"__file__": str(tmp_path / "mine.py"), name: "yes"}
+            with pytest.raises(configs.InputError, match=f"{name} = 'yes' must be True or False"):
+                configs.snapshot(namespace)
