@@ -162,11 +162,12 @@ def constants_in(text):
 class Constants:
     """The constants of a script as they were at one moment, read-only: constants.MAX_STEPS.
 
-    algorithm: the script's name without .py. path: the script. text: the text of the script at that moment.
+    algorithm: the script's name without .py. path: the script. text: the text of the script at that moment. may_change:
+    names of the script's own constants that may change when a run is resumed.
     """
 
-    def __init__(self, values, path, text):
-        vars(self).update(values, algorithm=path.stem, path=path, text=text)
+    def __init__(self, values, path, text, may_change=()):
+        vars(self).update(values, algorithm=path.stem, path=path, text=text, may_change=may_change)
 
     def __setattr__(self, name, _):
         raise AttributeError(
@@ -202,7 +203,7 @@ def snapshot(namespace: dict) -> Constants:
         values["OUTPUT_DIR"] = expand_home("OUTPUT_DIR", values["OUTPUT_DIR"])
     except KeyError as error:
         raise InputError(f"{path} has no constant {error} any more, or Python removed it; put it back") from None
-    return Constants(values, path, text)
+    return Constants(values, path, text, namespace.get("may_change", ()))
 
 
 def read_constants(namespace):
@@ -320,15 +321,18 @@ def apply_overrides(namespace, argv=None, resume=None):
     """Sets the script's constants from a preset and the command line, then validates them.
 
     namespace: the globals() of the script, changed in place. argv: without the program's name; sys.argv[1:] if None.
-    resume: a function of (namespace, {name: value} of the flags) that sets the constants of a run to resume. Raises
-    InputError on an unknown flag, a value of the wrong type, or a value against a rule.
+    resume: Run.constants_to_resume, which returns the constants of a run to resume. Raises InputError on an unknown
+    flag, a value of the wrong type, or a value against a rule.
     """
     constants = read_constants(namespace)
     given = vars(_parser_of(namespace, constants).parse_args(argv, _Given()))
     if given.get("RESUME", namespace.get("RESUME")):
         if resume is None:
-            raise InputError("RESUME needs a function that reads the run; give apply_overrides Run.set_constants, too")
-        return resume(namespace, given)
+            raise InputError("RESUME needs a function that reads it; give apply_overrides Run.constants_to_resume, too")
+        values = {name: value for name, (value, _, _) in constants.items()}
+        namespace.update(resume(Path(namespace["__file__"]), values, given, namespace.get("may_change", ())))
+        namespace["__preset__"] = namespace["PRESET"]  # the run's constants include the preset's
+        return validate(constant_values(namespace), namespace)
     preset = given.get("PRESET", namespace.get("PRESET", ""))
     if preset not in ("", *PRESETS):
         have = ", ".join(sorted(PRESETS))

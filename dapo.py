@@ -161,6 +161,7 @@ limits = {
     "LOSS_AGGREGATION": (str, ("token_mean", "sequence_mean"), None),
 }
 presets = {"gsm8k": {"OVERLONG_CACHE": 256}}
+may_change = ("MAX_RESAMPLES",)  # when a run is resumed
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------
 # Pure functions of tensors, in whatever floating dtype they are given. B completions (= prompts x G, the groups
@@ -368,16 +369,14 @@ class DAPOTrainer:
 
     def train_step(self, step):
         """One step (from 1), in the order of the docstring at the top. Returns its metrics."""
-        clock = Clock(*self.devices)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, self.constants)
+        clock = Clock(self.policy_device)
         with clock("rollout"):
             rollouts = self.generate_responses_with_group_sampling(step)
         self.add_scores(rollouts, clock)
         with clock("logps"):
             gap = self.sampler_gap(rollouts)
-        rollouts.advantages = self.compute_advantages(rollouts)
         with clock("update"):
+            rollouts.advantages = self.compute_advantages(rollouts)
             updates = self.update_policy(rollouts, step)
         with clock("log"):
             metrics = {"step": step, "sampler_gap": gap} | self.metrics_of_step(step, rollouts, updates)
@@ -497,6 +496,8 @@ class DAPOTrainer:
     def update_policy(self, rollouts, step):
         """DAPO_EPOCHS passes over the completions, of MINI_BATCHES optimizer steps each. Returns their stats."""
         updates, in_loss = [], completions_in_loss(rollouts.truncated).nonzero().squeeze(1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.constants)
         for epoch in range(DAPO_EPOCHS):
             order = in_loss[torch.randperm(len(in_loss), generator=generator_of("mini-batches", step, epoch))]
             updates += [self.update(rollouts.select(rows)) for rows in order.tensor_split(MINI_BATCHES) if len(rows)]
@@ -637,7 +638,7 @@ class DAPOTrainer:
 
 def main(argv=None):
     with configs.one_line_errors():
-        configs.apply_overrides(globals(), argv, resume=Run.set_constants)
+        configs.apply_overrides(globals(), argv, resume=Run.constants_to_resume)
         trainer = DAPOTrainer()
         selftest(trainer) if SELFTEST else trainer.train()
 

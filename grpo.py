@@ -345,16 +345,14 @@ class GRPOTrainer:
 
     def train_step(self, step):
         """One step (from 1), in the order of the docstring at the top. Returns its metrics."""
-        clock = Clock(*self.devices)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, self.constants)
+        clock = Clock(self.policy_device)
         with clock("rollout"):
             rollouts = self.generate_responses_with_group_sampling(step)
         self.add_scores(rollouts, clock)
         with clock("logps"):
             gap = self.sampler_gap(rollouts)
-        rollouts.advantages = self.compute_advantages(rollouts)
         with clock("update"):
+            rollouts.advantages = self.compute_advantages(rollouts)
             updates = self.update_policy(rollouts, step)
         with clock("log"):
             metrics = {"step": step, "sampler_gap": gap} | self.metrics_of_step(step, rollouts, updates)
@@ -448,6 +446,8 @@ class GRPOTrainer:
     def update_policy(self, rollouts, step):
         """GRPO_EPOCHS passes over the completions, of MINI_BATCHES optimizer steps each. Returns their stats."""
         updates = []
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.constants)
         for epoch in range(GRPO_EPOCHS):
             order = torch.randperm(len(rollouts.texts), generator=generator_of("mini-batches", step, epoch))
             updates += [self.update(rollouts.select(rows)) for rows in order.tensor_split(MINI_BATCHES) if len(rows)]
@@ -571,7 +571,7 @@ class GRPOTrainer:
 
 def main(argv=None):
     with configs.one_line_errors():
-        configs.apply_overrides(globals(), argv, resume=Run.set_constants)
+        configs.apply_overrides(globals(), argv, resume=Run.constants_to_resume)
         trainer = GRPOTrainer()
         selftest(trainer) if SELFTEST else trainer.train()
 

@@ -357,16 +357,14 @@ class GSPOTrainer:
 
     def train_step(self, step):
         """One step (from 1), in the order of the docstring at the top. Returns its metrics."""
-        clock = Clock(*self.devices)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, self.constants)
+        clock = Clock(self.policy_device)
         with clock("rollout"):
             rollouts = self.generate_responses_with_group_sampling(step)
         self.add_scores(rollouts, clock)
         with clock("logps"):
             gap = self.sampler_gap(rollouts)
-        rollouts.advantages = self.compute_advantages(rollouts)
         with clock("update"):
+            rollouts.advantages = self.compute_advantages(rollouts)
             updates = self.update_policy(rollouts, step)
         with clock("log"):
             metrics = {"step": step, "sampler_gap": gap} | self.metrics_of_step(step, rollouts, updates)
@@ -460,6 +458,8 @@ class GSPOTrainer:
     def update_policy(self, rollouts, step):
         """GSPO_EPOCHS passes over the completions, of MINI_BATCHES optimizer steps each. Returns their stats."""
         updates = []
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.constants)
         for epoch in range(GSPO_EPOCHS):
             order = torch.randperm(len(rollouts.texts), generator=generator_of("mini-batches", step, epoch))
             updates += [self.update(rollouts.select(rows)) for rows in order.tensor_split(MINI_BATCHES) if len(rows)]
@@ -583,7 +583,7 @@ class GSPOTrainer:
 
 def main(argv=None):
     with configs.one_line_errors():
-        configs.apply_overrides(globals(), argv, resume=Run.set_constants)
+        configs.apply_overrides(globals(), argv, resume=Run.constants_to_resume)
         trainer = GSPOTrainer()
         selftest(trainer) if SELFTEST else trainer.train()
 

@@ -71,27 +71,25 @@ def idle_clip(history):
 class Clock:
     """Measures the seconds of a step by phase; they add up to the step: `with clock("update"): ...` around the work.
 
-    devices: at the end of a phase, the clock waits for the work of these devices, so that a phase counts its own
-    seconds.
+    device: the policy's. At the end of a phase, the clock waits for the work of this device alone, because the other
+    models work beside it. The phase that takes their results counts the wait for them.
     """
 
-    def __init__(self, *devices):
-        self.devices = [device for device in {*devices} if device.type == "cuda"]
-        self.memory_of = devices[0]
+    def __init__(self, device):
+        self.device, self.on_gpu = device, device.type == "cuda"
         self.seconds = dict.fromkeys(("rollout", "reward", "logps", "update", "log"), 0.0)
 
     @contextlib.contextmanager
     def __call__(self, phase):
         began = time.perf_counter()
         yield
-        for device in self.devices:
-            torch.cuda.synchronize(device)
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
         self.seconds[phase] += time.perf_counter() - began
 
     def metrics(self, tokens):
         """Returns seconds per phase, tokens per second of the step, and the peak memory of the policy's device."""
-        on_gpu = self.memory_of.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(self.memory_of) / 1e9 if on_gpu else None
+        memory = torch.cuda.max_memory_allocated(self.device) / 1e9 if self.on_gpu else None
         speed = {"tokens_per_second": tokens / sum(self.seconds.values()), "peak_memory_gb": memory}
         return {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()} | speed
 

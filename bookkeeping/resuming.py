@@ -9,14 +9,15 @@ import torch
 
 from bookkeeping import checkpoints
 from bookkeeping.folder import sha256_of_rewards
-from configs import DEVICES, KINDS, InputError, as_saved, constant_values, constants_in, expand_home, validate
+from configs import DEVICES, KINDS, InputError, as_saved, constants_in, expand_home
 from engine.schedule import learning_rate_at
 
-# Constants that may change when a run is resumed: how long, how often, where, and how much at once.
+# Constants that may change when a run is resumed: how long, how often, where, and how much at once. A script names more
+# in its `may_change`.
 MAY_CHANGE = DEVICES + (
     *("MAX_STEPS", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "SAMPLE_GROUPS", "TENSORBOARD", "WANDB_PROJECT"),
     *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "LOGITS_AT_ONCE", "GRADIENT_CHECKPOINTING"),
-    *("MERGE_LORA", "PROFILE", "PANELS", "MAX_RESAMPLES"),
+    *("MERGE_LORA", "PROFILE", "PANELS"),
 )
 # These may change, too, if the run has fingerprints of their content. So the files may move, but not change.
 MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL")
@@ -25,13 +26,14 @@ MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL")
 # -- The constants of the run
 
 
-def set_constants(namespace, given):
-    """Sets the constants to those of the run to continue. Raises InputError if others are asked for.
+def constants_of_run(script, constants, given, may_change):
+    """Returns the constants of the run to continue, {name: value}. Raises InputError if others are asked for.
 
-    A constant is asked for by a flag, or by an edit of the file since the run began.
+    A constant is asked for by a flag, or by an edit of the file since the run began. script: the path of the script.
+    constants: {name: value} as the file has them now. given: those that flags set. may_change: names of the script's
+    own constants that may differ from the run's.
     """
-    script, constants = Path(namespace["__file__"]), constant_values(namespace)
-    folder = _run_folder(*(given.get(name, namespace[name]) for name in ("RESUME", "OUTPUT_DIR")), script)
+    folder = _run_folder(*(given.get(name, constants[name]) for name in ("RESUME", "OUTPUT_DIR")), script)
     try:
         run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         saved = {**run["constants"]}
@@ -46,18 +48,16 @@ def set_constants(namespace, given):
         if sources[name] != sources_before.get(name) or type(value) not in KINDS
     }
     asked = {**as_here, **given}
-    _refuse_others(folder, run, asked)
-    if _without_constants(text) != _without_constants(before):
-        print(f"Warning: {script.name} is not the code that the run began with, of which {folder} has a copy")
+    _refuse_others(folder, run, asked, may_change)
+    changed = [script.name] if _without_constants(text) != _without_constants(before) else []
     if run.get("rewards_sha256", sha256_of_rewards()) != sha256_of_rewards():
-        print("Warning: rewards.py is not as it was when the run began; what its rules say may have changed")
+        changed.append("rewards.py")
+    if changed:
+        verb = "have" if changed[1:] else "has"
+        print(f"Warning: {' and '.join(changed)} {verb} changed since the run began; {folder} keeps what it began with")
     here = as_saved(constants)
-    for name, value in saved.items():
-        if name in here and name not in asked and name not in DEVICES and here[name] != value:
-            namespace[name] = value
-    namespace.update(asked, RESUME=str(folder))
-    namespace["__preset__"] = namespace["PRESET"]  # the run's constants include the preset's
-    validate(constant_values(namespace), namespace)
+    kept = {name for name, value in saved.items() if name in here and name not in DEVICES and here[name] != value}
+    return constants | {name: saved[name] for name in kept} | asked | {"RESUME": str(folder)}
 
 
 def run_to_resume(constants):
@@ -68,15 +68,15 @@ def run_to_resume(constants):
     folder = _run_folder(constants.RESUME, constants.OUTPUT_DIR, constants.path)
     try:
         run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        _refuse_others(folder, run, constants.values())
+        _refuse_others(folder, run, constants.values(), constants.may_change)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {folder}: {_no_run(folder, constants.path, error)}") from None
     return folder
 
 
-def _refuse_others(folder, run, asked):
+def _refuse_others(folder, run, asked, may_change):
     """Raises InputError if a constant is asked for that differs from the run's and may not change."""
-    saved, may_change = run["constants"], MAY_CHANGE + (MADE_FROM if "fingerprints" in run else ())
+    saved, may_change = run["constants"], {*MAY_CHANGE, *may_change, *(MADE_FROM if "fingerprints" in run else ())}
     asked = as_saved(asked)
     changed = [name for name in asked if name in saved and asked[name] != saved[name] and name not in may_change]
     if changed:

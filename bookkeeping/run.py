@@ -16,6 +16,7 @@ from bookkeeping.progress import Progress, print_summary, say_what_does_not_act
 from bookkeeping.saving import Saver
 from bookkeeping.signals import Stopped, StopSignals, lossy_streams
 from configs import InputError
+from inputs.libraries import quiet_libraries
 from scoring.rules import Rewards
 
 DRAW_EVERY = 30  # seconds
@@ -60,8 +61,9 @@ class Run:
     trained, but not yet evaluated and logged, or None.
     """
 
-    set_constants = staticmethod(resuming.set_constants)  # of a run to resume, for configs.apply_overrides
+    constants_to_resume = staticmethod(resuming.constants_of_run)  # for configs.apply_overrides
 
+    @quiet_libraries()
     def __init__(self, trainer: Trainer):
         if trainer.run is not None:
             raise InputError("this trainer has trained already; make a new one, with RESUME set to go on with its run")
@@ -145,6 +147,7 @@ class Run:
         self.closing = contextlib.ExitStack()  # closes these, the last one first
         self.closing.callback(self.files.unlock)
         self.closing.enter_context(lossy_streams())
+        self.closing.enter_context(quiet_libraries())
         self.closing.callback(self.boards.close)
         self.closing.callback(lambda: self.progress and self.progress.close())
         self.closing.enter_context(self.signals)

@@ -10,6 +10,7 @@ import torch
 
 from bookkeeping.run import Trainer
 from configs import InputError
+from inputs.libraries import quiet_libraries
 
 TOLERANCES = 1e-3, 0.1  # nats, in float32 and in bfloat16; two ways to compute a log-prob may differ by this much
 MOVED = 0.9  # share of the weights with a gradient that a step should change
@@ -37,6 +38,7 @@ class TestedTrainer(Trainer, Protocol):
         """
 
 
+@quiet_libraries()
 def selftest(trainer: TestedTrainer):
     """Prints the table. Raises SystemExit(1) if a line fails. trainer: a new one, because the test changes it."""
     constants, device = trainer.constants, trainer.devices[0]

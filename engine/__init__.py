@@ -1,4 +1,1 @@
-"""How a model runs fast and in little memory: sampling, packing, cache, vocabulary, memory, processes.
-
-Nothing here changes a number.
-"""
+"""How a model runs fast and in little memory. What it computes is said in the scripts and their constants."""

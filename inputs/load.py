@@ -1,15 +1,14 @@
 """Loads everything that a run is made from, as the constants say."""
 
 import json
-import logging
 from dataclasses import dataclass
 
-import huggingface_hub
 import torch
 import transformers
 
 from configs import InputError, check_size
 from inputs.chat import encode_prompts
+from inputs.libraries import quiet_libraries
 from inputs.lora import add_lora
 from inputs.models import (
     check_policy,
@@ -62,13 +61,13 @@ class Reference:
             self.without.__exit__(*error)
 
 
+@quiet_libraries()
 def load_inputs(c, devices, generator):
     """Loads prompts, tokenizer and models. Raises InputError if one of them cannot be used.
 
     c: the script's constants, from configs.snapshot. devices: those of policy and reference. generator: its draws
     decide which prompts are held out and which of these are evaluated on.
     """
-    quiet_libraries()
     train_rows, eval_rows, eval_source = load_rows(c, generator)
     tokenizer = load_tokenizer(c.POLICY_MODEL, "POLICY_MODEL", revision=c.POLICY_REVISION, trust=c.TRUST_REMOTE_CODE)
     policy, adapter, reference = load_policy_and_reference(c, devices, tokenizer)
@@ -85,17 +84,6 @@ def load_inputs(c, devices, generator):
     check_size(c.values(), "EVAL_SIZE", "EVAL_SAMPLES", "MAX_COMPLETION_TOKENS", EVAL_SIZE=len(eval_rows))
     eos_ids = end_of_sequence_ids(policy, tokenizer, "POLICY_MODEL")
     return Inputs(train_rows, eval_rows, tokenizer, policy, eos_ids, adapter, reference)
-
-
-def quiet_libraries():
-    """Turns off the libraries' logs, about retries or about weights that do not fit, for example.
-
-    Their consequences are checked and reported here.
-    """
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)
 
 
 def load_rows(c, generator):

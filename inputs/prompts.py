@@ -9,8 +9,8 @@ import pyarrow.parquet
 import torch
 
 from configs import InputError, find_path, is_hub_id
+from inputs.answer_marks import marked_answers
 from inputs.errors import LOAD_ERRORS, hub_remedy, short
-from scoring.answers import marked_answers
 
 ONE_PER_LINE = "one object per line; a JSON array belongs in a file named .json"
 
@@ -159,14 +159,18 @@ def _parse_json(text, path, line):
 def _read_hub(source, name, config, split):
     import datasets  # imported here, because it takes a second
 
+    bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs an error that it also raises
+    datasets.logging.set_verbosity(logging.CRITICAL)  # because importing it sets another level
     try:
         rows = datasets.load_dataset(source, config or None, split=split)
     except (*LOAD_ERRORS, datasets.exceptions.DatasetsError) as error:
         remedy = hub_remedy("id, configuration, split", "a file", error)
         problem = f"{name} = {source!r}, split {split!r}, cannot be loaded: {short(error.__cause__ or error)}"
         raise InputError(f"{problem}; {remedy}") from None
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
     return list(rows), lambda number: f"{source}, row {number}"
 
 

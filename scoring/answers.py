@@ -1,4 +1,4 @@
-"""Finds the answer that a text marks, and compares two answers: as mathematics if both are, or else as words.
+"""Compares the answer that a text marks with the right one: as mathematics if both are, or else as words.
 
 math-verify reads the mathematics. It was made to look for mathematics in a text, so it would take 7 out of "6 or 7" and
 3 out of "3\\sqrt{2}". Here it gets one whole answer at a time, and only if it would read all of that answer.
@@ -10,48 +10,12 @@ import re
 import sympy
 from math_verify import parse, verify
 
-# ---- Which part of a text is its answer
+from inputs.answer_marks import marked_answers, marks
 
-_MARK = re.compile(r"(?<!#)####(?!#)|\\f?box(?:ed)?\s*\{|\banswer\**\s*[:：]", re.IGNORECASE)
-_BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|;|,?\s*\\?(?:text\s*\{)?\s*(?:and|or)\b\s*\}?)[\s$]*")
 _MOST_WORDS = 5  # a longer answer in words is an explanation, which no completion repeats
 
 
-def marked_answers(text):
-    """Returns the answers that a text marks, in order.
-
-    An answer follows `####` or `Answer:`, up to the end of the line, or it stands in \\boxed{...}. Boxes that follow
-    one another, as in \\boxed{3} and \\boxed{5}, are one answer: "3, 5". Empty marks are left out.
-    """
-    return [answer for answer, _ in _marked(text)]
-
-
-def _marked(text):
-    """Returns (answer, whether it may be a heading) for each mark.
-
-    A `####` may be a heading if an answer comes before it and text comes below it.
-    """
-    answers, end_of_box = [], None
-    for mark in _MARK.finditer(text):
-        if not mark[0].endswith("{"):
-            answer, _, below = text[mark.end() :].strip().partition("\n")
-            answers.append((answer.strip(), mark[0] == "####" and any(a for a, _ in answers) and bool(below.strip())))
-            continue
-        inside = _up_to_brace(text[mark.end() :])
-        joined = end_of_box is not None and _BETWEEN_BOXES.fullmatch(text[end_of_box : mark.start()])
-        answers.append((f"{answers.pop()[0]}, {inside}" if joined else inside.strip(), False))
-        end_of_box = mark.end() + len(inside) + 1
-    return [(answer, may_be_heading) for answer, may_be_heading in answers if answer]
-
-
-def _up_to_brace(text):
-    """Returns the text before the brace that closes the one before the text, or "" if none does."""
-    depth = 1
-    for end, letter in enumerate(text):
-        depth += (letter == "{") - (letter == "}")
-        if depth == 0:
-            return text[:end]
-    return ""
+# ---- Whether a completion is right
 
 
 def is_right(gold, completion):
@@ -66,7 +30,7 @@ def is_right(gold, completion):
     elif len(gold.split()) > _MOST_WORDS:
         return False
     else:
-        answers = [answer for answer, may_be_heading in _marked(completion) if not may_be_heading]
+        answers = [answer for answer, may_be_heading in marks(completion) if not may_be_heading]
     return bool(answers) and same_answer(gold, answers[-1])
 
 

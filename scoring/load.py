@@ -1,5 +1,6 @@
 """Loads the rewards and the evaluation's rule that the constants name, and tries them before the first step."""
 
+from inputs.libraries import quiet_libraries
 from scoring.reward_models import load_reward_model
 from scoring.rules import Rewards, check_scoring, find_reward, parse_rewards
 
@@ -13,6 +14,7 @@ def check_reward_names(c):
     find_reward(c.EVAL_REWARD, "EVAL_REWARD")
 
 
+@quiet_libraries()
 def load_rewards(c, device, inputs):
     """Returns the Rewards of REWARDS, and those of EVAL_REWARD.
 

@@ -32,10 +32,11 @@ def parse_rewards(text, name="REWARDS"):
         if not abs(weight) <= LARGEST_WEIGHT:  # or it is NaN
             most = f"not a finite number up to {LARGEST_WEIGHT:g}"
             raise InputError(f"{name} = {text!r}: the weight of {reward} is {most}; give one such as 0.5")
+        if reward != "reward_model":
+            rule, short = find_reward(reward, name), reward.removesuffix("_reward")
+            reward = short if rule_of(rules_module(), short) is rule else reward  # math_reward is the rule math
         if reward in weights:
             raise InputError(f"{name} = {text!r}: {reward} is there twice; leave out one")
-        if reward != "reward_model":
-            find_reward(reward, name)
         weights[reward] = weight
     if not any(weights.values()):
         raise InputError(f"{name} = {text!r}: all weights are zero, which teaches nothing; give one such as 1.0")

@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # pyproject.toml runs a process per core; a
 
 import pytest
 import torch
+import transformers
 
 import configs
 import plotting
@@ -23,6 +24,7 @@ for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGH
 
 SCRIPTS = tuple(importlib.import_module(path.stem) for path in configs.scripts())
 torch.set_num_threads(1)
+transformers.logging.disable_progress_bar()  # of models that tests save; its thread would hang a process forked later
 
 FEW = tempfile.TemporaryDirectory()  # holds some of the shipped prompts, because reading all of them takes long
 for name, rows in (("train", 256), ("test", 32)):
@@ -115,6 +117,7 @@ class Forked(multiprocessing.get_context("fork").Process):
     def communicate(self, timeout=None):
         self.join(timeout)
         if self.exitcode is None:
+            self.kill()
             raise subprocess.TimeoutExpired(self.work, timeout)
         return tuple(path.read_text() for path in self.streams)
 

@@ -560,6 +560,7 @@ REWARDS = [
     row("a comma too many", grpo, ["--rewards", "math 1,"], "REWARDS", "name weight"),
     row("a weight that is infinite", dapo, ["--rewards", "math inf"], "math", "finite"),
     row("a reward twice", gspo, ["--rewards", "math 1, math 2"], "REWARDS", "math is there twice"),
+    row("a reward under both its names", grpo, ["--rewards", "math_reward, math"], "REWARDS", "math is there twice"),
     row("weights that are all zero", grpo, ["--rewards", "math 0, format 0"], "REWARDS", "all weights are zero"),
     row("a helper as reward", dapo, ["--rewards", "find_answer"], "'find_answer'", "(text); a rule must take (prompt,"),
     row(
@@ -664,7 +665,10 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path, file):
 
 
 def test_docs_list_what_the_table_holds():
-    page = (configs.HERE / "docs" / "reliability.md").read_text()
+    page = (configs.HERE / "docs" / "bad-input.md").read_text()
+    _, *parts = page.split("\n## ")
+    lists = {title.split(":")[0]: body for title, _, body in (part.partition("\n") for part in parts)}
+    assert list(lists) == [kind.capitalize() for kind in KINDS]
     for kind, rows in KINDS.items():
-        names = "; ".join(row.name for row in rows)
-        assert f"| {kind} | {len(rows)} | {names} |" in page, f"docs/reliability.md: | {kind} | {len(rows)} | {names} |"
+        listed = "".join(f"- {row.name}\n" for row in rows)
+        assert lists[kind.capitalize()].strip() == listed.strip(), f"docs/bad-input.md, {kind}:\n{listed}"

@@ -342,7 +342,7 @@ def test_a_command_line_is_taken_or_is_an_input_error(script, data):
     argv = data.draw(st.lists(words(script), max_size=4))
     before = configs.constant_values(vars(script))
     try:
-        configs.apply_overrides(vars(script), argv, Run.set_constants)
+        configs.apply_overrides(vars(script), argv, Run.constants_to_resume)
         configs.snapshot(vars(script))  # accepted values keep the rules
     except configs.InputError as error:
         assert str(error).strip()

@@ -502,15 +502,15 @@ def test_constants_of_any_type_are_saved_and_those_of_several_lines_compared_who
     folder.mkdir(parents=True)
     shutil.copy(tmp_path / "mine.py", folder)
     (folder / "config.json").write_text(json.dumps({"constants": saved}))
-    configs.apply_overrides(namespace, ["--resume", str(folder)], Run.set_constants)
+    configs.apply_overrides(namespace, ["--resume", str(folder)], Run.constants_to_resume)
     assert namespace["HOME"] == Path("/data") and namespace["TYPE"] is torch.bfloat16
     (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace('"two"', '"three"'))
     namespace["LONG"] = "one three"
     with pytest.raises(configs.InputError, match="LONG = 'one two', not 'one three'"):
-        configs.apply_overrides(namespace, ["--resume", str(folder)], Run.set_constants)
+        configs.apply_overrides(namespace, ["--resume", str(folder)], Run.constants_to_resume)
     namespace |= {"LONG": "one two", "HOME": Path("/other")}  # which no line of the file says
     with pytest.raises(configs.InputError, match="HOME = \"PosixPath\\('/data'\\)\", not \"PosixPath\\('/other'\\)\""):
-        configs.apply_overrides(namespace, ["--resume", str(folder)], Run.set_constants)
+        configs.apply_overrides(namespace, ["--resume", str(folder)], Run.constants_to_resume)
 
 
 def test_sets_within_others_are_saved_in_one_order():
@@ -779,7 +779,7 @@ def test_a_full_disk_stops_no_training_and_says_what_was_not_written(tmp_path):
     code, out, err = run_with_room_for(600 * 1024, argv, tmp_path, "_try_to_save")  # the model has 1.2 MB
     assert code == 2 and "Traceback" not in err
     assert "a checkpoint could not be written" in out and "training goes on" in out
-    assert "final could not be written" in err.splitlines()[-1]
+    assert "final could not be written" in err and err.count("\n") == 1
     (folder,) = (tmp_path / "outputs").iterdir()
     assert len(read_jsonl(folder / "metrics.jsonl")) == 3 and not list(folder.rglob("*.part"))
 

@@ -203,18 +203,21 @@ def test_a_profile_holds_the_operations_of_some_steps_and_the_summary_names_the_
     assert str(path) in line and "aten::mm" in line and 8 == line.count("%")
 
 
-def test_importing_a_script_changes_nothing_outside():
+def test_importing_a_script_and_making_a_trainer_change_nothing_outside():
     program = """
 import os, logging, torch, transformers
 def outside():
     flags = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_num_threads(), torch.is_grad_enabled()
-    return flags, transformers.logging.get_verbosity(), dict(os.environ)
+    levels = [logging.getLogger(name).level for name in ("transformers", "huggingface_hub", "datasets")]
+    return flags, levels, transformers.logging.is_progress_bar_enabled(), dict(os.environ)
 before = outside()
 import gspo, grpo, dapo
 print(before == outside())
+gspo.GSPOTrainer()
+print(before == outside())
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=configs.HERE, capture_output=True, text=True)
-    assert done.stdout.split() == ["True"], done.stderr
+    assert [line for line in done.stdout.splitlines() if line in ("True", "False")] == ["True"] * 2, done.stderr
 
 
 @pytest.mark.parametrize("name", [path.name for path in configs.scripts()])
