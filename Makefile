@@ -1,4 +1,4 @@
-# make gspo   set up .venv and run the main job (or make grpo, make dapo)
+# make gspo   set up .venv and run the main job (or make grpo, and so on)
 # make test   set up and run all checks and tests          make check   lint and format only
 # make sync   copy the shared sections out of gspo.py      make diff A=gspo B=grpo
 # make clean  remove .venv

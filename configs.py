@@ -25,7 +25,6 @@ if sys.version_info < (3, 11):  # noqa: UP036, because transformers 5.23 and lat
     )
 
 HERE = Path(__file__).resolve().parent
-DEVICES = ("POLICY_DEVICE", "REF_DEVICE", "REWARD_DEVICE")
 
 # Named sets of constants. A preset changes only the constants that it lists here or in the script's own `presets`. The
 # script's values win over the ones here, and flags win over both.
@@ -382,9 +381,10 @@ def _is_json_object(text):
         return False
 
 
-# name: (type, condition or allowed values, the rule and its remedy in words). A name that ends in EPOCHS belongs to an
-# algorithm.
+# name: (type, condition or allowed values, the rule and its remedy in words). EPOCHS and DEVICE stand for all names
+# that end so.
 RULES = {
+    "DEVICE": (str, bool, 'a device such as "cpu" or "cuda:0"'),
     "GROUP_SIZE": (int, lambda v: v >= 2, "at least 2, because a group of one has no relative advantage"),
     "BATCH_SIZE": (int, _positive, "at least 1 prompt per step"),
     "MINI_BATCHES": (int, _positive, "at least 1"),
@@ -446,20 +446,19 @@ _SWITCHES = (
     "SELFTEST ADAPTIVE_KL"
 )
 RULES |= dict.fromkeys(_SWITCHES.split(), (bool, (True, False), None))
-RULES |= dict.fromkeys(DEVICES, (str, bool, 'a device such as "cpu" or "cuda:0"'))
 
 
 def _rule(name, namespace):
     if rule := namespace.get("limits", {}).get(name) or RULES.get(name):
         return rule
-    return RULES["EPOCHS"] if name.endswith("_EPOCHS") else (None, None, None)
+    return RULES[name.rpartition("_")[2]] if name.endswith(("_EPOCHS", "_DEVICE")) else (None, None, None)
 
 
 def validate(values, namespace):
     """Raises InputError for the first constant that breaks its rule. It names constant, value, rule and remedy.
 
     values: {name: value}. namespace: the script's globals(). Its `limits` are rules of the script's own constants. Its
-    `conflicts`, {name: (value, other name, other value, remedy)}, are pairs of values that do not go together.
+    `conflicts` are (function of values, message) for values that do not go together.
     """
     for name, value in values.items():
         kind, holds, text = _rule(name, namespace)
@@ -475,9 +474,9 @@ def validate(values, namespace):
             raise InputError(f"{name} = {value!r} must be {text}; edit it or give {flag}")
         if kind in (int, float) and value > LARGEST and name != "SEED":
             raise InputError(f"{name} = {value!r} is too large, more than {LARGEST:g}; edit it or give {flag}")
-    for name, (value, other, other_value, remedy) in namespace.get("conflicts", {}).items():
-        if values[name] == value and values[other] == other_value:
-            raise InputError(f"{name} = {value!r} does not go with {other} = {other_value!r}; give {remedy}")
+    for breaks, message in namespace.get("conflicts", ()):
+        if breaks(values):
+            raise InputError(message.format_map(values))
     if not values["USE_SEQUENCE_LEVEL_REWARD"] and not re.search(r"\breward_model\b", values["REWARDS"]):
         raise InputError("USE_SEQUENCE_LEVEL_REWARD = False is for a reward model; add it: --rewards reward_model")
     if values["MINI_BATCHES"] > values["BATCH_SIZE"] * values["GROUP_SIZE"]:
@@ -524,14 +523,14 @@ def check_device(name, value):
         raise InputError(f"{name} = {value!r}: this machine has no such device; give {flag} {have}")
 
 
-def choose_devices(policy, ref, reward):
-    """Returns the three torch.devices, and prints a line if the shipped defaults do not fit this machine.
+def choose_devices(constants):
+    """Returns the devices of the models, {"POLICY_DEVICE": torch.device}, and prints a line if they are not as asked.
 
     `cuda:0` and `cuda:1`, the shipped defaults, fall back to one GPU or to the CPU. Any other device must exist.
     """
     import torch
 
-    wanted = dict(zip(DEVICES, (policy, ref, reward), strict=True))
+    wanted = {name: value for name, value in constants.values().items() if name.endswith("_DEVICE")}
     gpus = torch.cuda.device_count()
     chosen = {
         name: value if value not in ("cuda:0", "cuda:1") or gpus > 1 else "cuda:0" if gpus == 1 else "cpu"
@@ -542,7 +541,7 @@ def choose_devices(policy, ref, reward):
     if chosen != wanted:
         found = "one GPU" if gpus else "no GPU"
         print(f"Found {found}: " + ", ".join(f"{name} = {value}" for name, value in chosen.items()))
-    return [torch.device(value) for value in chosen.values()]
+    return {name: torch.device(value) for name, value in chosen.items()}
 
 
 def find_path(value, name):

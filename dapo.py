@@ -243,7 +243,7 @@ def compute_policy_loss(logps, old_logps, advantages, completion_mask):
     """
     ratio = compute_ratio(logps, old_logps, completion_mask)  # (B, T)
     losses = clipped_loss(ratio, advantages.view(len(ratio), -1))
-    return aggregate(losses, completion_mask), ratio_stats(ratio, advantages, completion_mask)
+    return aggregate(losses, completion_mask), ratio_stats(logps, old_logps, advantages, completion_mask)
 
 
 def compute_ratio(logps, old_logps, completion_mask):
@@ -256,8 +256,9 @@ def clipped_loss(ratio, advantages):
     return -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
 
 
-def ratio_stats(ratio, advantages, completion_mask):
+def ratio_stats(logps, old_logps, advantages, completion_mask):
     """What is logged of the ratio of all tokens. clip_fraction*: the share whose gradient the clip removes, by side."""
+    ratio = compute_ratio(logps, old_logps, completion_mask)  # (B, T)
     advantages = advantages.view(len(ratio), -1)  # (B, 1 or T)
     above = (advantages > 0) & (ratio > 1 + CLIP_HIGH)
     below = (advantages < 0) & (ratio < 1 - CLIP_LOW)
@@ -348,11 +349,11 @@ class DAPOTrainer:
 
     def __init__(self):
         self.constants = configs.snapshot(globals())
-        self.devices = configs.choose_devices(POLICY_DEVICE, REF_DEVICE, REWARD_DEVICE)
-        self.policy_device, ref_device, reward_device = self.devices
+        self.devices = configs.choose_devices(self.constants)
+        self.policy_device = self.devices["POLICY_DEVICE"]
         check_reward_names(self.constants)
         inputs = load_inputs(self.constants, self.devices, generator_of("held out"))
-        self.rewards, self.eval_reward = load_rewards(self.constants, reward_device, inputs)
+        self.rewards, self.eval_reward = load_rewards(self.constants, self.devices["REWARD_DEVICE"], inputs)
         self.train_rows, self.eval_rows = inputs.train_rows, inputs.eval_rows
         self.tokenizer, self.eos_ids = inputs.tokenizer, inputs.eos_ids
         self.policy, self.adapter, self.reference = inputs.policy, inputs.adapter, inputs.reference
@@ -360,7 +361,7 @@ class DAPOTrainer:
         self.fit_to_memory = FitToMemory()
         at_once = SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE
         self.sampler = Sampler(self.policy, self.tokenizer, self.eos_ids, at_once, self.fit_to_memory)
-        self.worker = worker_beside(self.policy_device, (ref_device, reward_device))
+        self.worker = worker_beside(self.policy_device, self.devices.values())
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
@@ -518,8 +519,8 @@ class DAPOTrainer:
             self.optimizer.step()
         mask = batch.completion_mask.to(self.policy_device)
         with_advantage = batch.advantages.view(len(mask), -1).any(1, keepdim=True)
-        ratio = compute_ratio(torch.where(with_advantage, logps, batch.old_logps), batch.old_logps, mask)
-        stats |= ratio_stats(ratio, batch.advantages, mask)
+        logps_counted = torch.where(with_advantage, logps, batch.old_logps)
+        stats |= ratio_stats(logps_counted, batch.old_logps, batch.advantages, mask)
         if batch.ref_logps is not None:
             kl = compute_kl(logps, batch.ref_logps)
             # The mean per token, whatever the loss divides by.

@@ -146,7 +146,12 @@ limits = {
     "RATIO_LEVEL": (str, ("sequence", "sequence_token", "token"), None),
     "LENGTH_NORMALIZED_RATIO": (bool, (True, False), None),
 }
-conflicts = {"RATIO_LEVEL": ("sequence", "USE_SEQUENCE_LEVEL_REWARD", False, "--ratio-level sequence_token")}
+conflicts = [
+    (
+        lambda v: v["RATIO_LEVEL"] == "sequence" and not v["USE_SEQUENCE_LEVEL_REWARD"],
+        "RATIO_LEVEL = {RATIO_LEVEL!r} needs a reward per completion; give --ratio-level sequence_token",
+    )
+]
 presets = {"gsm8k": {"CLIP_LOW": 3e-4, "CLIP_HIGH": 4e-4, "KL_COEF": 0.0, "ADAPTIVE_KL": False}}
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------
@@ -218,7 +223,7 @@ def compute_policy_loss_sequence_level(logps, old_logps, advantages, completion_
     """GSPO, eq. 5: −mean_i min(s_i A_i, clip(s_i) A_i), one ratio, one clip and one weight per sequence."""
     ratio = compute_sequence_ratio(logps, old_logps, completion_mask)  # (B,)
     losses = clipped_loss(ratio, advantages)[:, None].expand(completion_mask.shape)  # the same for all its tokens
-    return aggregate(losses, completion_mask), ratio_stats(ratio, advantages, completion_mask)
+    return aggregate(losses, completion_mask), ratio_stats(logps, old_logps, advantages, completion_mask)
 
 
 def compute_policy_loss_token_level(logps, old_logps, advantages, completion_mask):
@@ -226,7 +231,7 @@ def compute_policy_loss_token_level(logps, old_logps, advantages, completion_mas
     level = "token" if RATIO_LEVEL == "token" else "sequence_token"
     ratio = compute_ratio(logps, old_logps, completion_mask, level)  # (B, T)
     losses = clipped_loss(ratio, advantages.view(len(ratio), -1))
-    return aggregate(losses, completion_mask), ratio_stats(ratio, advantages, completion_mask)
+    return aggregate(losses, completion_mask), ratio_stats(logps, old_logps, advantages, completion_mask)
 
 
 def compute_ratio(logps, old_logps, completion_mask, level=None):
@@ -248,12 +253,12 @@ def clipped_loss(ratio, advantages):
     return -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
 
 
-def ratio_stats(ratio, advantages, completion_mask):
+def ratio_stats(logps, old_logps, advantages, completion_mask):
     """What is logged of the ratio. clip_fraction: the share whose gradient the clip removes, of sequences or tokens."""
-    ratio = ratio.view(len(ratio), -1)  # (B, 1 or T)
-    if RATIO_LEVEL != "token" and advantages.numel() == len(ratio):  # one ratio per sequence, so each counts once
-        ratio, completion_mask = ratio[:, :1], completion_mask.any(1, keepdim=True)
+    ratio = compute_ratio(logps, old_logps, completion_mask).view(len(logps), -1)  # (B, 1 or T)
     advantages = advantages.view(len(ratio), -1)  # (B, 1 or T)
+    if RATIO_LEVEL != "token" and advantages.shape[1] == 1:  # one ratio per sequence, so each counts once
+        ratio, completion_mask = ratio[:, :1], completion_mask.any(1, keepdim=True)
     above = (advantages > 0) & (ratio > 1 + CLIP_HIGH)
     below = (advantages < 0) & (ratio < 1 - CLIP_LOW)
     return ratio_metrics(ratio, above | below, completion_mask)
@@ -336,11 +341,11 @@ class GSPOTrainer:
 
     def __init__(self):
         self.constants = configs.snapshot(globals())
-        self.devices = configs.choose_devices(POLICY_DEVICE, REF_DEVICE, REWARD_DEVICE)
-        self.policy_device, ref_device, reward_device = self.devices
+        self.devices = configs.choose_devices(self.constants)
+        self.policy_device = self.devices["POLICY_DEVICE"]
         check_reward_names(self.constants)
         inputs = load_inputs(self.constants, self.devices, generator_of("held out"))
-        self.rewards, self.eval_reward = load_rewards(self.constants, reward_device, inputs)
+        self.rewards, self.eval_reward = load_rewards(self.constants, self.devices["REWARD_DEVICE"], inputs)
         self.train_rows, self.eval_rows = inputs.train_rows, inputs.eval_rows
         self.tokenizer, self.eos_ids = inputs.tokenizer, inputs.eos_ids
         self.policy, self.adapter, self.reference = inputs.policy, inputs.adapter, inputs.reference
@@ -348,7 +353,7 @@ class GSPOTrainer:
         self.fit_to_memory = FitToMemory()
         at_once = SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE
         self.sampler = Sampler(self.policy, self.tokenizer, self.eos_ids, at_once, self.fit_to_memory)
-        self.worker = worker_beside(self.policy_device, (ref_device, reward_device))
+        self.worker = worker_beside(self.policy_device, self.devices.values())
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
@@ -480,8 +485,8 @@ class GSPOTrainer:
             self.optimizer.step()
         mask = batch.completion_mask.to(self.policy_device)
         with_advantage = batch.advantages.view(len(mask), -1).any(1, keepdim=True)
-        ratio = compute_ratio(torch.where(with_advantage, logps, batch.old_logps), batch.old_logps, mask)
-        stats |= ratio_stats(ratio, batch.advantages, mask)
+        logps_counted = torch.where(with_advantage, logps, batch.old_logps)
+        stats |= ratio_stats(logps_counted, batch.old_logps, batch.advantages, mask)
         if batch.ref_logps is not None:
             kl = compute_kl(logps, batch.ref_logps)
             # The mean per token, whatever the loss divides by.

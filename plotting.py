@@ -54,7 +54,7 @@ def plot_metrics(rows, panels=PANELS, *, constants=None, evaluations=None, title
 
 # ---- How a metric is drawn. Any logged metric can be a panel; the tables below hold special cases.
 
-TITLES = {  # metric: (title of the panel, unit of the y axis)
+TITLES = {  # metric: (title of the panel, unit of the y axis); another metric has its own name as title
     "policy_loss": ("Policy loss", "loss"),
     "entropy_loss": ("Entropy loss", "loss"),
     "kl_loss": ("KL loss", "loss"),
@@ -65,6 +65,8 @@ TITLES = {  # metric: (title of the panel, unit of the y axis)
     "kl_coef": ("KL coefficient", "weight"),
     "entropy": ("Entropy of the sampled tokens", "nats per token"),
     "clip_fraction": ("Clip fraction", "share"),
+    "ratio_max": ("Greatest importance ratio", "ratio"),
+    "rare_gradient": ("Rare tokens", "share"),
     "resampled": ("Prompts resampled", "share of the prompts sampled"),
     "dead_groups": ("Dead groups", "share of the groups"),
     "dead_groups_drawn": ("Dead groups before resampling", "share of the groups"),
@@ -75,6 +77,7 @@ LABELS = {
     "reward": "mean of the step",
     "accuracy": "right, of all completions sampled",
     "clip_fraction": "either side",
+    "rare_gradient": "share of the gradient",
     "dead_groups_drawn": "measured",
     "avg_response_length": "response length",
 }
@@ -105,6 +108,10 @@ def _beside_clip(axis, rows, _, __):
             _line(axis, [row["step"] for row in rows], _column(rows, f"clip_fraction_{side}"), colour, side)
 
 
+def _beside_rare(axis, rows, _, __):
+    _line(axis, [row["step"] for row in rows], _column(rows, "rare_tokens"), SKY, "share of tokens")
+
+
 def _beside_dead_groups(axis, rows, constants, _):
     size = constants.get("GROUP_SIZE", 8)
     expected = [p**size + (1 - p) ** size for p in _column(rows, "accuracy")]
@@ -132,6 +139,7 @@ BESIDE = {
     "accuracy": _beside_accuracy,
     "kl_divergence": _beside_kl,
     "clip_fraction": _beside_clip,
+    "rare_gradient": _beside_rare,
     "resampled": _as_share,
     "dead_groups_drawn": _beside_dead_groups,
     "avg_response_length": _beside_length,
@@ -203,7 +211,7 @@ def _panels(title, panels):
     figure = Figure(figsize=(12, 14), layout="constrained")
     axes = figure.subplots(4, 2).flatten()
     for name, axis in zip(panels, axes, strict=True):
-        heading, unit = TITLES.get(name, (name, ""))
+        heading, unit = TITLES.get(name, (name, "value"))
         axis.set_title(heading)
         axis.set_xlabel("training step")
         axis.set_ylabel(unit)

@@ -9,12 +9,12 @@ import torch
 
 from bookkeeping import checkpoints
 from bookkeeping.folder import sha256_of_rewards
-from configs import DEVICES, KINDS, InputError, as_saved, constants_in, expand_home
+from configs import KINDS, InputError, as_saved, constants_in, expand_home
 from engine.schedule import learning_rate_at
 
 # Constants that may change when a run is resumed: how long, how often, where, and how much at once. A script names more
 # in its `may_change`.
-MAY_CHANGE = DEVICES + (
+MAY_CHANGE = (
     *("MAX_STEPS", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "SAMPLE_GROUPS", "TENSORBOARD", "WANDB_PROJECT"),
     *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "LOGITS_AT_ONCE", "GRADIENT_CHECKPOINTING"),
     *("MERGE_LORA", "PROFILE", "PANELS"),
@@ -56,7 +56,9 @@ def constants_of_run(script, constants, given, may_change):
         verb = "have" if changed[1:] else "has"
         print(f"Warning: {' and '.join(changed)} {verb} changed since the run began; {folder} keeps what it began with")
     here = as_saved(constants)
-    kept = {name for name, value in saved.items() if name in here and name not in DEVICES and here[name] != value}
+    kept = {
+        name for name, value in saved.items() if name in here and not name.endswith("_DEVICE") and here[name] != value
+    }
     return constants | {name: saved[name] for name in kept} | asked | {"RESUME": str(folder)}
 
 
@@ -78,7 +80,8 @@ def _refuse_others(folder, run, asked, may_change):
     """Raises InputError if a constant is asked for that differs from the run's and may not change."""
     saved, may_change = run["constants"], {*MAY_CHANGE, *may_change, *(MADE_FROM if "fingerprints" in run else ())}
     asked = as_saved(asked)
-    changed = [name for name in asked if name in saved and asked[name] != saved[name] and name not in may_change]
+    fixed = {name for name in saved if name not in may_change and not name.endswith("_DEVICE")}
+    changed = [name for name in asked if name in fixed and asked[name] != saved[name]]
     if changed:
         raise InputError(
             f"--resume {folder}: the run was made with "

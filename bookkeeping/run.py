@@ -28,7 +28,7 @@ class Trainer(Protocol):
 
     # Its inputs
     constants: configs.Constants  # of configs.snapshot
-    devices: list[torch.device]  # of policy, reference and reward model
+    devices: dict[str, torch.device]  # {"POLICY_DEVICE": ..., ...}
     train_rows: list[dict]  # prompts to train on, for their fingerprint
     eval_rows: list[dict]  # held-out prompts, for their fingerprint and the summary
     rewards: Rewards  # training maximises it; the run sets its log
@@ -108,7 +108,7 @@ class Run:
 
     def _begin(self, checkpoint, made_from):
         """Writes the run's constants into its folder. If the run is resumed, it also prints from which step."""
-        devices = dict(zip(configs.DEVICES, map(str, self.trainer.devices), strict=True))
+        devices = {name: str(device) for name, device in self.trainer.devices.items()}
         constants = configs.as_saved(self.constants.values() | devices)
         try:
             if self.files.is_new:

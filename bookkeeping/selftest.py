@@ -41,7 +41,7 @@ class TestedTrainer(Trainer, Protocol):
 @quiet_libraries()
 def selftest(trainer: TestedTrainer):
     """Prints the table. Raises SystemExit(1) if a line fails. trainer: a new one, because the test changes it."""
-    constants, device = trainer.constants, trainer.devices[0]
+    constants, device = trainer.constants, trainer.devices["POLICY_DEVICE"]
     tolerance = TOLERANCES[device.type == "cuda" or constants.POLICY_DTYPE == "bfloat16"]
     size = min(4, constants.BATCH_SIZE, len(trainer.train_rows))
     rows = trainer.train_rows[:size]
@@ -105,7 +105,7 @@ def update_lines(trainer, constants, rollouts, old_logps, tolerance):
     """Returns the lines about one optimizer step: the ratio before it, the gradient, and the weights that it moves."""
     for group in trainer.optimizer.param_groups:
         group["lr"] = constants.LEARNING_RATE
-    advantages = torch.ones(len(rollouts.texts), device=trainer.devices[0])
+    advantages = torch.ones(len(rollouts.texts), device=trainer.devices["POLICY_DEVICE"])
     advantages[::2] = -1.0  # so there is a signal, whatever the rewards are
     trained = {name: parameter for name, parameter in trainer.policy.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}

@@ -65,8 +65,8 @@ class Reference:
 def load_inputs(c, devices, generator):
     """Loads prompts, tokenizer and models. Raises InputError if one of them cannot be used.
 
-    c: the script's constants, from configs.snapshot. devices: those of policy and reference. generator: its draws
-    decide which prompts are held out and which of these are evaluated on.
+    c: the script's constants, from configs.snapshot. devices: {"POLICY_DEVICE": ..., "REF_DEVICE": ...}. generator: its
+    draws decide which prompts are held out and which of these are evaluated on.
     """
     train_rows, eval_rows, eval_source = load_rows(c, generator)
     tokenizer = load_tokenizer(c.POLICY_MODEL, "POLICY_MODEL", revision=c.POLICY_REVISION, trust=c.TRUST_REMOTE_CODE)
@@ -111,7 +111,7 @@ def load_policy_and_reference(c, devices, tokenizer):
     """
     options = {"revision": c.POLICY_REVISION, "trust": c.TRUST_REMOTE_CODE}
     causal, dtype = transformers.AutoModelForCausalLM, getattr(torch, c.POLICY_DTYPE)
-    policy = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", devices[0], dtype=dtype, **options)
+    policy = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", devices["POLICY_DEVICE"], dtype=dtype, **options)
     check_policy(policy, tokenizer, "POLICY_MODEL")
     adapter = reference = None
     has_kl = c.KL_COEF > 0 or c.ADAPTIVE_KL
@@ -121,8 +121,9 @@ def load_policy_and_reference(c, devices, tokenizer):
             adapter = add_lora(policy, c.LORA_RANK, c.LORA_ALPHA, c.LORA_TARGETS)
         reference = Reference(policy, adapter) if has_kl else None
     elif has_kl:
-        dtype = frozen_dtype(c.FROZEN_DTYPE, devices[1])
-        model = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", devices[1], dtype=dtype, **options)
+        device = devices["REF_DEVICE"]
+        dtype = frozen_dtype(c.FROZEN_DTYPE, device)
+        model = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", device, dtype=dtype, **options)
         reference = Reference(model.requires_grad_(False))
     if c.GRADIENT_CHECKPOINTING:
         without_dropout(policy)

@@ -20,6 +20,9 @@ OWN = ("docstring", "Constants", "Algorithm")
 # {script: {function, class or method: why it differs from gspo.py's}}. The name of a class means its opening lines, up
 # to its first method. A function that gspo.py does not have stays behind the one that it follows.
 EXEMPTIONS = {
+    "cispo": {
+        "CISPOTrainer.score": "the overlong penalty comes on top of the rewards",
+    },
     "dapo": {
         "DAPOTrainer": "dynamic sampling has a state: surplus groups, and how many rounds there were",
         "DAPOTrainer.generate_responses_with_group_sampling": "dynamic sampling: drops dead groups and refills",

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 from conftest import SCRIPTS
-from variants import loss_and_grad, naive_loss, naive_mean, over_variants, random_batch
+from variants import loss_and_grad, naive_loss, naive_mean, over_clipped_losses, over_variants, random_batch
 
 over_scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 
@@ -59,7 +59,7 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforce(script, consta
     torch.testing.assert_close(grad, expected)
 
 
-@over_variants
+@over_clipped_losses
 @pytest.mark.parametrize(
     ("log_ratio", "advantage", "passes"),
     [

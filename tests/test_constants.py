@@ -327,6 +327,12 @@ def test_code_that_changed_since_a_run_began_is_named(capsys, runs, monkeypatch)
 # ---- Devices
 
 
+def chosen_devices(**constants):
+    devices = configs.choose_devices(configs.Constants(constants, configs.HERE / "gspo.py", ""))
+    assert list(devices) == list(constants)
+    return [str(device) for device in devices.values()]
+
+
 def test_the_shipped_devices_fall_back_and_say_so(monkeypatch, capsys):
     for gpus, chosen, said in (
         (0, ["cpu"] * 3, "no GPU"),
@@ -334,10 +340,10 @@ def test_the_shipped_devices_fall_back_and_say_so(monkeypatch, capsys):
         (2, ["cuda:0", "cuda:1", "cuda:1"], ""),
     ):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        assert [str(device) for device in configs.choose_devices("cuda:0", "cuda:1", "cuda:1")] == chosen
+        assert chosen_devices(POLICY_DEVICE="cuda:0", REF_DEVICE="cuda:1", REWARD_DEVICE="cuda:1") == chosen
         out = capsys.readouterr().out
         assert said in out and out.count("\n") == (gpus < 2)
-    assert [str(device) for device in configs.choose_devices("cpu", "cpu", "cpu")] == ["cpu"] * 3
+    assert chosen_devices(POLICY_DEVICE="cpu", REF_DEVICE="cpu", REWARD_DEVICE="cpu") == ["cpu"] * 3
     assert capsys.readouterr().out == ""
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import SCRIPTS
 
+import cispo
 import dapo
 import grpo
 import gspo
@@ -25,8 +26,8 @@ def equals_of_verl(case):
     clip = {"CLIP_LOW": case["clip_low"], "CLIP_HIGH": case["clip_high"]}
     if case["algo"] == "gspo":
         return [(gspo, {**clip, "RATIO_LEVEL": level}) for level in ("sequence", "sequence_token")]
-    if case["algo"] != "token":
-        return []  # cispo, which no script here implements
+    if case["algo"] == "cispo":
+        return [(cispo, {**clip, "LOSS_AGGREGATION": OF_VERL[case["aggregate"]]})]
     how, dual_clip = OF_VERL[case["aggregate"]], case["dual_clip"] if case["dual_clip"] < 1e8 else 0.0
     equal = [(grpo, {**clip, "LOSS_AGGREGATION": how, "LOSS_DIVISOR": 1, "DUAL_CLIP": dual_clip})]
     if not dual_clip and how != "constant":
@@ -42,8 +43,8 @@ def equals_of_trl(case):
     TRL's delta is a dual clip if it is above 1 + CLIP_HIGH.
     """
     clip = {"CLIP_LOW": case["clip_low"], "CLIP_HIGH": case["clip_high"]}
-    if case["loss_type"] not in OF_TRL:
-        return []  # cispo
+    if case["loss_type"] == "cispo":  # its bound is absolute, and there is no lower one
+        return [(cispo, {"CLIP_LOW": 1.0, "CLIP_HIGH": case["clip_high"] - 1, "LOSS_AGGREGATION": "token_mean"})]
     if case["level"] == "sequence":
         return [(gspo, {**clip, "RATIO_LEVEL": level}) for level in ("sequence", "sequence_token")]
     how, divisor = OF_TRL[case["loss_type"]], case["max_completion_length"]
@@ -77,10 +78,10 @@ def test_loss_gradient_and_clip_fraction_equal_verl(golden):
             vars(script).update(constants)
             loss, stats = script.compute_policy_loss(logps, old_logps, advantages, mask)
             assert_equals(loss, logps, case)
-            if case["algo"] == "token":  # for GSPO, verl counts tokens, and gspo.py sequences
+            if case["algo"] != "gspo":  # for GSPO, verl counts tokens, and gspo.py sequences
                 assert stats["clip_fraction"].item() == pytest.approx(case["stats"]["actor/pg_clipfrac"], rel=1e-6)
             compared.append(script)
-    assert [compared.count(script) for script in (gspo, grpo, dapo)] == [8, 9, 4]
+    assert [compared.count(script) for script in (gspo, grpo, dapo, cispo)] == [8, 9, 4, 1]
 
 
 @over_golden
@@ -94,7 +95,7 @@ def test_loss_and_gradient_equal_trl(golden):
             loss = loss + case["beta"] * script.compute_kl_loss(logps, old_logps, ref_logps, mask)
             assert_equals(loss, logps, case)
             compared.append(script)
-    assert [compared.count(script) for script in (gspo, grpo, dapo)] == [6, 5, 3]
+    assert [compared.count(script) for script in (gspo, grpo, dapo, cispo)] == [6, 5, 3, 1]
 
 
 @over_golden

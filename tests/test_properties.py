@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from variants import VARIANTS
 
+import cispo
 import configs
 import dapo
 import grpo
@@ -140,7 +141,7 @@ KL_LOSSES = [
     (gspo, {}),
     *[(grpo, {"KL_ESTIMATOR": kind}) for kind in ("k1", "k2", "k3", "ratio_k3")],
     *[(grpo, {"KL_ESTIMATOR": "k3", "LOSS_AGGREGATION": how}) for how in ("token_mean", "constant")],
-    *[(dapo, {"LOSS_AGGREGATION": how}) for how in ("token_mean", "sequence_mean")],
+    *[(script, {"LOSS_AGGREGATION": how}) for script in (dapo, cispo) for how in ("token_mean", "sequence_mean")],
 ]
 
 
@@ -291,14 +292,15 @@ def test_completions_in_the_loss_are_all_or_those_that_ended(truncated, filtered
     assert chosen.dtype == torch.bool and torch.equal(chosen, expected)
 
 
+@pytest.mark.parametrize("script", [dapo, cispo], ids=["dapo", "cispo"])
 @given(cache=st.integers(0, 2**40), limit=st.integers(1, 2**30), data=st.data())
-def test_the_overlong_penalty_falls_from_zero_to_minus_one(cache, limit, data):
-    dapo.OVERLONG_CACHE, dapo.MAX_COMPLETION_TOKENS = cache, limit
+def test_the_overlong_penalty_falls_from_zero_to_minus_one(script, cache, limit, data):
+    script.OVERLONG_CACHE, script.MAX_COMPLETION_TOKENS = cache, limit
     lengths = torch.tensor(sorted(data.draw(st.lists(st.integers(1, limit), min_size=1, max_size=6))))
-    penalty = dapo.overlong_penalty(lengths)
+    penalty = script.overlong_penalty(lengths)
     assert penalty.shape == lengths.shape and no_nan(penalty)
     assert ((-1 <= penalty) & (penalty <= 0)).all() and (penalty.diff() <= 0).all()
-    assert dapo.overlong_penalty(torch.tensor([limit])) == (-1 if cache else 0)
+    assert script.overlong_penalty(torch.tensor([limit])) == (-1 if cache else 0)
 
 
 @given(value=st.one_of(st.floats(), st.integers(), st.booleans(), st.none(), st.text(max_size=4), st.just(10**400)))

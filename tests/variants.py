@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import cispo
 import dapo
 import grpo
 import gspo
@@ -13,14 +14,17 @@ VARIANTS = [
     *[(grpo, {"LOSS_AGGREGATION": how}) for how in ("sequence_mean", "token_mean", "constant")],
     (grpo, {"DUAL_CLIP": 1.5}),
     *[(dapo, {"LOSS_AGGREGATION": how}) for how in ("token_mean", "sequence_mean")],
+    *[(cispo, {"LOSS_AGGREGATION": how}) for how in ("token_mean", "sequence_mean")],
 ]
-over_variants = pytest.mark.parametrize(
-    ("script", "constants"),
-    [
-        pytest.param(*variant, id="-".join([variant[0].__name__, *map(str, variant[1].values())]))
-        for variant in VARIANTS
-    ],
-)
+
+
+def over(variants):
+    ids = ["-".join([script.__name__, *map(str, constants.values())]) for script, constants in variants]
+    return pytest.mark.parametrize(("script", "constants"), variants, ids=ids)
+
+
+over_variants = over(VARIANTS)
+over_clipped_losses = over([variant for variant in VARIANTS if variant[0] is not cispo])  # its clip drops no gradient
 
 
 def sequence_level(script):
@@ -28,7 +32,7 @@ def sequence_level(script):
 
 
 def naive_loss(script, logps, old_logps, advantages, completion_mask):
-    """Returns −J, computed token by token, and the share of ratios whose gradient the clip removes."""
+    """Returns −J, computed token by token, and the share of ratios that the clip acts on."""
     terms, clipped, ratios_seen = [], 0, 0
     for i in range(len(logps)):
         tokens = [t for t in range(logps.shape[1]) if completion_mask[i, t]]
@@ -37,8 +41,14 @@ def naive_loss(script, logps, old_logps, advantages, completion_mask):
             product = torch.stack(ratios).prod()
             ratios = [product ** (1 / len(tokens)) if script.LENGTH_NORMALIZED_RATIO else product]
         losses, a = [], advantages[i]
-        for ratio in ratios:
-            loss = -min(ratio * a, min(max(ratio, 1 - script.CLIP_LOW), 1 + script.CLIP_HIGH) * a)
+        for t, ratio in zip(tokens, ratios, strict=False):  # of sequences, there is one ratio
+            held = min(max(ratio, 1 - script.CLIP_LOW), 1 + script.CLIP_HIGH)
+            if script is cispo:
+                losses.append(-float(torch.as_tensor(held).detach()) * a * logps[i, t])
+                clipped += held != ratio
+                ratios_seen += 1
+                continue
+            loss = -min(ratio * a, held * a)
             if getattr(script, "DUAL_CLIP", 0) and a < 0:
                 loss = min(loss, -script.DUAL_CLIP * a)
             losses.append(loss)

@@ -1,0 +1,586 @@
+"""CISPO: Clipped Importance-Sampling-weight Policy Optimization (MiniMax 2025, MiniMax-M1, arXiv 2506.13585).
+
+For a prompt x, sample a group of G completions y_1 .. y_G from the policy as it is (π_old), score each one, and improve
+the policy π by several updates on the objective
+
+    J = E[ 1/(Σ_i |y_i|) Σ_i Σ_t sg( w_it ) A_i log π(y_it|x, y_i<t) ]                                          (eq. 4)
+        the sums run over all completions of an optimizer step; sg stops the gradient
+
+    w_it = clip( r_it, 1 − CLIP_LOW, 1 + CLIP_HIGH )      with r_it = π(y_it|x, y_i<t) / π_old(y_it|x, y_i<t)   (eq. 5)
+
+    A_i = (r_i − mean(r_1 .. r_G)) / std(r_1 .. r_G)
+
+    loss = −J
+
+Against grpo.py: the clip holds the weight of a token, and not its update. GRPO's clip removes the gradient of a token
+whose ratio has left the bounds. These are mostly tokens that were rare under π_old, such as a "Wait" at which a text
+changes its course. Here each token keeps a gradient, with a weight of at most 1 + CLIP_HIGH. The paper has no lower
+bound, no KL term, one mean over all tokens, and a reward that falls near the length limit (OVERLONG_CACHE, as dapo.py).
+Its dynamic sampling is in dapo.py alone.
+
+One training step:
+  1. take BATCH_SIZE prompts and sample GROUP_SIZE completions of each from the policy
+  2. score the completions, and compute their log-probs under the policy, π_old
+  3. turn rewards into advantages within each group
+  4. CISPO_EPOCHS times: split the completions at random into MINI_BATCHES, and take one optimizer step on each
+  5. log, and now and then evaluate on held-out prompts
+
+Run:   python cispo.py                    the embedded task, on any machine
+       python cispo.py --help             every constant below is a flag
+       python plotting.py outputs/<run>   redraw the figure
+"""
+
+import hashlib
+import math
+import os
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: its threads wait without holding cores for long
+
+import torch
+
+import configs
+from bookkeeping.evaluation import evaluation_metrics
+from bookkeeping.metrics import Clock, ratio_metrics, samples_of, step_metrics
+from bookkeeping.run import Run
+from bookkeeping.selftest import selftest
+from engine.memory import FitToMemory, set_up_process
+from engine.packing import Packing, micro_batches
+from engine.precision import autocast
+from engine.rollouts import Rollouts, on_last_token
+from engine.sampling import Sampler
+from engine.schedule import learning_rate_at
+from engine.vocabulary import token_logps
+from engine.workers import LazyWorker, worker_beside
+from inputs.load import load_inputs
+from inputs.prompts import prompts_of_step
+from scoring.load import check_reward_names, load_rewards
+
+# ---- Constants -------------------------------------------------------------------------------------------------------
+
+# Models and data
+POLICY_MODEL = "data/models/arithmetic-policy"  # folder or Hub id of the model to train
+POLICY_REVISION = "main"  # branch, tag or commit of a Hub id
+POLICY_DTYPE = "float32"  # of the weights that train; "bfloat16" halves them, and swallows most updates below 1e-5
+REWARD_MODEL = "data/models/arithmetic-reward"  # folder or Hub id of a sequence classifier with one logit
+REWARD_REVISION = "main"  # branch, tag or commit of a Hub id
+USE_SEQUENCE_LEVEL_REWARD = True  # one reward per completion; False: REWARD_MODEL is a token classifier, one per token
+STEP_SEPARATOR = ""  # with token rewards: count only tokens at which this text ends; "" counts all
+FROZEN_DTYPE = "auto"  # of reference and reward model; "auto" is bfloat16 on a GPU and float32 elsewhere
+TRUST_REMOTE_CODE = False  # run Python code that comes with a model
+PROMPTS = "data/arithmetic/train.jsonl"  # training prompts: a JSONL, JSON or Parquet file, or a Hub id of a dataset
+PROMPTS_CONFIG = ""  # configuration of a Hub dataset, such as "main"
+PROMPTS_SPLIT = "train"  # split of a Hub dataset
+EVAL_PROMPTS = "data/arithmetic/test.jsonl"  # held-out prompts, of the same kinds; "" holds out some of PROMPTS
+EVAL_SPLIT = "test"  # split of a Hub dataset
+EVAL_SHARE = 0.05  # share of PROMPTS that is held out if EVAL_PROMPTS is ""
+PROMPT_COLUMN = "prompt"  # field that holds the prompt, a text or a list of chat messages
+ANSWER_COLUMN = "answer"  # field that holds the answer, for rule rewards and evaluation
+SYSTEM_PROMPT = ""  # first message of each chat, if any
+THINKING = False  # ask a chat template that knows the word to open with a thinking section
+CHAT_TEMPLATE_KWARGS = ""  # a JSON object of what else a chat template is given, such as '{"reasoning_effort": "low"}'
+REWARDS = "exact_match"  # what is maximised: names from rewards.py with weights; paper: rules, and models elsewhere
+EVAL_REWARD = "exact_match"  # rule of rewards.py that says whether a held-out completion is right (1) or not (0)
+PRESET = ""  # name of a set of constants in configs.py, such as "smoke"
+
+# Devices: with one GPU all three fall back to it, with none to the CPU
+POLICY_DEVICE = "cuda:0"  # policy and optimizer
+REF_DEVICE = "cuda:1"  # reference model
+REWARD_DEVICE = "cuda:1"  # reward model
+
+# Sampling
+GROUP_SIZE = 8  # completions per prompt, G
+BATCH_SIZE = 16  # prompts per training step
+MAX_PROMPT_TOKENS = 0  # tokens; longer prompts are left out; 0 is what the model's context leaves
+MAX_COMPLETION_TOKENS = 64  # tokens; a completion without an end by then is truncated
+SAMPLED_AT_ONCE = 0  # completions; fewer need less memory for keys and values; 0 samples a step's all together
+TEMPERATURE = 1.0  # divides the logits, in sampling and in all log-probs alike
+TOP_P = 1.0  # nucleus sampling; below 1 the ratio is biased, because log-probs are of the full distribution
+
+# Overlong completions
+OVERLONG_CACHE = 16  # tokens before the limit, over which the reward falls by up to 1; 0 is off
+
+# Loss
+CISPO_EPOCHS = 1  # passes over the rollouts of a step
+MINI_BATCHES = 4  # optimizer steps per pass; paper: 16
+CLIP_LOW = 1.0  # a token's weight is at least 1 - this; 1.0 is no lower bound; paper: none
+CLIP_HIGH = 4.0  # a token's weight is at most 1 + this; not in the paper; TRL's epsilon_high 5.0 is this 4.0
+LOSS_AGGREGATION = "token_mean"  # "token_mean" (paper) or "sequence_mean" (GRPO)
+ADVANTAGE_TYPE = "normalized"  # "relative" (minus the group mean) or "normalized" (and over the std; paper)
+ENTROPY_COEF = 0.0  # weight of the entropy bonus; 0 computes none
+KL_COEF = 0.0  # weight of the KL to the reference model; 0 loads none; paper: 0
+RARE_BELOW = 0.1  # a token to which π_old gave less is rare; the share of the gradient of such tokens is logged
+TARGET_KL = 0.6  # nats per token that ADAPTIVE_KL aims at
+ADAPTIVE_KL = False  # raise the KL weight above twice the target, lower it below half of it
+
+# Optimizer
+LEARNING_RATE = 1e-3  # peak; AdamW; fits the embedded models, large ones want about 1e-6
+LR_SCHEDULE = "linear"  # after the warm-up: "constant", or "linear" or "cosine" towards zero
+WARMUP_STEPS = 5  # steps of linear warm-up
+WEIGHT_DECAY = 0.0  # AdamW's
+MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
+MICRO_BATCH_TOKENS = 2048  # tokens per forward pass; more is faster on a GPU, less saves memory
+LOGITS_AT_ONCE = 2**26  # logits kept for the backward pass, a quarter of a GB; it computes the others again
+GRADIENT_CHECKPOINTING = False  # compute activations again in the backward pass instead of keeping them
+
+# LoRA
+LORA_RANK = 0  # rank of the adapters that train in place of the weights; 0 trains all weights
+LORA_ALPHA = 32.0  # an adapter counts by LORA_ALPHA / LORA_RANK
+LORA_TARGETS = "all-linear"  # all linear layers but the head, or names such as "q_proj v_proj"
+MERGE_LORA = True  # final/ holds the whole model with the adapters added in; else the adapters alone
+
+# Run
+MAX_STEPS = 80  # training steps
+EVAL_EVERY = 20  # steps between evaluations; 0 evaluates only before the first step and at the end
+EVAL_SIZE = 256  # held-out prompts per evaluation
+EVAL_SAMPLES = 4  # completions per held-out prompt for eval_accuracy and eval_pass_at_k
+PASS_AT = 2  # k of eval_pass_at_k, at most EVAL_SAMPLES
+SAVE_EVERY = 20  # steps between checkpoints, which --resume goes on from; 0 saves only final/
+KEEP_CHECKPOINTS = 2  # how many of the latest stay, beside the best by eval_accuracy
+SAMPLE_GROUPS = 2  # groups per step written to samples.jsonl and shown in samples.html
+TENSORBOARD = True  # write event files into the run's folder, if the tensorboard package is there
+WANDB_PROJECT = ""  # project of Weights & Biases to log to; "" is none
+RESUME = ""  # folder of a run to continue from its newest checkpoint, or "latest"
+PROFILE = False  # write a trace of three steps, profile.json.gz, for a browser's trace viewer
+SELFTEST = False  # check models, data and rewards in a minute, print a table, and train nothing
+SEED = 0  # of everything random
+OUTPUT_DIR = "outputs"  # a run is OUTPUT_DIR/cispo-<time>/
+PANELS = "policy_loss reward entropy clip_fraction rare_gradient ratio_max avg_response_length grad_norm"  # drawn
+
+# What configs.py cannot know: limits of this algorithm's own constants, in the form of RULES, and its rows of presets.
+limits = {
+    "OVERLONG_CACHE": (int, lambda v: v >= 0, "0 or more tokens before the limit; 0 is off"),
+    "CLIP_LOW": (float, lambda v: 0 <= v <= 1, "an offset from 1, in [0, 1]; 1 is no lower bound"),
+    "LOSS_AGGREGATION": (str, ("token_mean", "sequence_mean"), None),
+    "RARE_BELOW": (float, lambda v: 0 < v < 1, "a probability, in (0, 1)"),
+}
+presets = {"gsm8k": {"OVERLONG_CACHE": 256}}
+
+# ---- Algorithm -------------------------------------------------------------------------------------------------------
+# Pure functions of tensors, in whatever floating dtype they are given. B completions (= prompts x G, the groups
+# contiguous), T completion tokens. logps (B, T): log-probs of the sampled tokens, nats, at the sampling temperature.
+
+
+def overlong_penalty(completion_lengths):
+    """Soft overlong punishment, eq. 13, which is added to the reward: tokens (B,) -> (B,), in [−1, 0].
+
+    0 up to MAX_COMPLETION_TOKENS − OVERLONG_CACHE tokens, then falling linearly to −1 at MAX_COMPLETION_TOKENS. A cache
+    larger than the limit is the whole of it.
+    """
+    if OVERLONG_CACHE == 0:
+        return torch.zeros(completion_lengths.shape)
+    cache = min(OVERLONG_CACHE, MAX_COMPLETION_TOKENS)
+    return -((completion_lengths - (MAX_COMPLETION_TOKENS - cache)) / cache).clamp(0, 1)
+
+
+def compute_relative_advantages(rewards, group_size):
+    """Advantages within groups: A_i = r_i − mean(r), over std(r) + 1e-6 if ADVANTAGE_TYPE is "normalized".
+
+    rewards (B,), groups contiguous -> (B,), no gradient. The std is the sample's (n − 1). A dead group, whose rewards
+    are all equal, has no signal: its advantages are exactly 0, even if floats cannot represent the mean.
+    """
+    grouped = rewards.detach().double().view(-1, group_size)  # (prompts, G)
+    advantages = grouped - grouped.mean(1, keepdim=True)
+    if ADVANTAGE_TYPE == "normalized":
+        advantages = advantages / (grouped.std(1, keepdim=True) + 1e-6)
+    dead = grouped.amax(1, keepdim=True) == grouped.amin(1, keepdim=True)
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
+    return advantages.masked_fill(dead, 0.0).view(-1).to(dtype)
+
+
+def compute_token_advantages(rewards, completion_mask, group_size):
+    """Advantages of tokens: each token's return, R_it = Σ_{u ≥ t} r_iu, minus the mean over all tokens of the group.
+
+    Over their std + 1e-6 if ADVANTAGE_TYPE is "normalized". rewards (B, T), groups contiguous -> (B, T), no gradient; 0
+    for masked tokens and in a dead group. This is process supervision as in DeepSeekMath (arXiv 2402.03300, section
+    4.1.3), which normalizes rewards before it sums them.
+    """
+    returns = rewards.detach().double().masked_fill(~completion_mask, 0.0).flip(1).cumsum(1).flip(1)  # (B, T)
+    advantages = torch.zeros_like(returns)
+    for first in range(0, len(rewards), group_size):
+        group = slice(first, first + group_size)
+        mask, values = completion_mask[group], returns[group][completion_mask[group]]  # (G, T), (tokens,)
+        centred = values - values.mean()
+        if ADVANTAGE_TYPE == "normalized":
+            centred = centred / (values.std() + 1e-6)
+        if values.min() < values.max():
+            advantages[group][mask] = centred
+    return advantages.to(rewards.dtype)
+
+
+def bounded_exp(log_ratio):
+    """exp, held at the square root of the dtype's largest number, 2e19 in float32: infinity times zero would be NaN."""
+    return log_ratio.clamp(max=math.log(torch.finfo(log_ratio.dtype).max) / 2).exp()
+
+
+def compute_policy_loss(logps, old_logps, advantages, completion_mask):
+    """CISPO, eq. 4: −sg[w_it] A_i log π of each token, aggregated: (scalar, stats). No KL, no entropy term.
+
+    advantages (B,) or (B, T). The gradient flows through log π alone, and no token's is dropped.
+    """
+    weights = clipped_weights(compute_ratio(logps, old_logps, completion_mask).detach())  # (B, T)
+    losses = -weights * advantages.view(len(logps), -1) * logps.masked_fill(~completion_mask, 0.0)
+    return aggregate(losses, completion_mask), ratio_stats(logps, old_logps, advantages, completion_mask)
+
+
+def compute_ratio(logps, old_logps, completion_mask):
+    """The importance ratio r_it of each token, (B, T), 1 where masked. Carries the gradient of logps."""
+    return bounded_exp((logps - old_logps).masked_fill(~completion_mask, 0.0))
+
+
+def clipped_weights(ratio):
+    """w = clip(ratio, 1 − CLIP_LOW, 1 + CLIP_HIGH), eq. 5, in the shape of ratio."""
+    return ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+
+
+def ratio_stats(logps, old_logps, advantages, completion_mask):
+    """What is logged of the ratio of all tokens. clip_fraction: the share whose weight the clip holds.
+
+    rare_tokens: the share of tokens to which π_old gave less than RARE_BELOW. rare_gradient: their share of the
+    gradient in log π, whose size is Σ |w_it A_i|.
+    """
+    ratio = compute_ratio(logps, old_logps, completion_mask).detach()  # (B, T)
+    weights, rare = clipped_weights(ratio), completion_mask & (old_logps < math.log(RARE_BELOW))
+    sizes = (weights * advantages.view(len(ratio), -1)).abs().masked_fill(~completion_mask, 0.0)
+    stats = ratio_metrics(ratio, weights != ratio, completion_mask)
+    stats["rare_tokens"] = rare.sum() / completion_mask.sum()
+    stats["rare_gradient"] = sizes[rare].sum() / sizes.sum().clamp(min=torch.finfo(sizes.dtype).tiny)
+    return stats
+
+
+def token_weights(completion_mask):
+    """How tokens are averaged: weights (B, T), and what their sum is divided by, for B sequences of n_i tokens.
+
+    By LOSS_AGGREGATION: "token_mean" 1 and Σ n_i, "sequence_mean" 1/n_i and B.
+    The loss, the share of a micro-batch in the gradient, and the logged means all derive from it.
+    """
+    if LOSS_AGGREGATION == "token_mean":
+        return completion_mask.double(), completion_mask.sum()
+    lengths = completion_mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    return completion_mask.double() / lengths, completion_mask.any(1).sum()
+
+
+def aggregate(values, completion_mask):
+    """(B, T) -> scalar: the sum of values by their token_weights, over the divisor. Masked values cannot matter."""
+    weights, divisor = token_weights(completion_mask)
+    return (values.masked_fill(~completion_mask, 0.0) * weights.to(values.dtype)).sum() / divisor
+
+
+def compute_kl(logps, ref_logps):
+    """k3 = π_ref/π − log(π_ref/π) − 1 per token, (B, T): never negative, unbiased as a value for KL(π ‖ π_ref).
+
+    As a loss, its gradient is that of the forward KL(π_ref ‖ π). Source: Schulman 2020, "Approximating KL Divergence".
+    """
+    log_ratio = (ref_logps - logps).clamp(max=math.log(torch.finfo(logps.dtype).max) / 2)  # as in bounded_exp
+    return log_ratio.exp() - log_ratio - 1
+
+
+def compute_kl_loss(logps, old_logps, ref_logps, completion_mask):
+    """The KL term of the loss before its coefficient: k3, aggregated as the policy loss is. Scalar."""
+    logps, ref_logps = (x.masked_fill(~completion_mask, 0.0) for x in (logps, ref_logps))
+    return aggregate(compute_kl(logps, ref_logps), completion_mask)
+
+
+def next_kl_coef(kl_coef, mean_kl):
+    """The KL weight for the next step: x 1.5 above 2 TARGET_KL, x 0.5 below TARGET_KL / 2, held in [0.01, 1]."""
+    if mean_kl > 2 * TARGET_KL:
+        kl_coef = kl_coef * 1.5
+    elif mean_kl < TARGET_KL / 2:
+        kl_coef = kl_coef * 0.5
+    return min(max(kl_coef, 0.01), 1.0)
+
+
+# ---- Data and log-probs ----------------------------------------------------------------------------------------------
+
+
+def generator_of(*purpose):
+    """A random generator on the CPU that depends on SEED and purpose alone, so that nothing random needs saving."""
+    digest = hashlib.sha256(repr((SEED, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def completion_logps(model, rollouts, with_entropy=False):
+    """log π of the sampled tokens: logps (B, T) in nats on the model's device, 0 where masked.
+
+    Second: the entropy of the full distribution at each of them, (B, T), or None. The sequences go through the model
+    packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time.
+    """
+    device, head = model.device, model.get_output_embeddings()
+    packing = Packing(model, rollouts.lengths - 1)  # without the last token, which predicts nothing
+    row, t = rollouts.completion_mask.nonzero(as_tuple=True)  # (tokens,) each
+    column = rollouts.prompt_lengths[row] + t
+    targets, before = rollouts.input_ids[row, column].to(device), (packing.first[row] + column - 1).to(device)
+    with autocast(device):
+        hidden = model.base_model(**packing.inputs(rollouts.input_ids), use_cache=False).last_hidden_state[0]  # (N, H)
+        hidden = hidden.index_select(0, before)  # (tokens, H)
+        hidden = hidden if TEMPERATURE == 1 else hidden / TEMPERATURE
+        values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)
+    blank, place = torch.zeros(rollouts.completion_mask.shape, device=device), (row.to(device), t.to(device))
+    logps, entropy = (blank.index_put(place, value) for value in values)
+    return logps, entropy if with_entropy else None
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+class CISPOTrainer:
+    """Loads models and data by the constants; train() does the rest. Raises InputError on what cannot be used."""
+
+    def __init__(self):
+        self.constants = configs.snapshot(globals())
+        self.devices = configs.choose_devices(self.constants)
+        self.policy_device = self.devices["POLICY_DEVICE"]
+        check_reward_names(self.constants)
+        inputs = load_inputs(self.constants, self.devices, generator_of("held out"))
+        self.rewards, self.eval_reward = load_rewards(self.constants, self.devices["REWARD_DEVICE"], inputs)
+        self.train_rows, self.eval_rows = inputs.train_rows, inputs.eval_rows
+        self.tokenizer, self.eos_ids = inputs.tokenizer, inputs.eos_ids
+        self.policy, self.adapter, self.reference = inputs.policy, inputs.adapter, inputs.reference
+
+        self.fit_to_memory = FitToMemory()
+        at_once = SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE
+        self.sampler = Sampler(self.policy, self.tokenizer, self.eos_ids, at_once, self.fit_to_memory)
+        self.worker = worker_beside(self.policy_device, self.devices.values())
+        self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+        self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
+        self.metrics_history, self.samples, self.skipped = [], [], []
+        self.run = None  # made by train(), so that a run that never started leaves nothing behind
+
+    def train_step(self, step):
+        """One step (from 1), in the order of the docstring at the top. Returns its metrics."""
+        clock = Clock(self.policy_device)
+        with clock("rollout"):
+            rollouts = self.generate_responses_with_group_sampling(step)
+        self.add_scores(rollouts, clock)
+        with clock("logps"):
+            gap = self.sampler_gap(rollouts)
+        with clock("update"):
+            rollouts.advantages = self.compute_advantages(rollouts)
+            updates = self.update_policy(rollouts, step)
+        with clock("log"):
+            metrics = {"step": step, "sampler_gap": gap} | self.metrics_of_step(step, rollouts, updates)
+            self.keep_samples(step, rollouts, metrics)
+            self.update_kl_coef(metrics["kl_divergence"])
+        return metrics | clock.metrics(metrics["completion_tokens"])
+
+    # -- 1. Sample
+
+    def generate_responses_with_group_sampling(self, step) -> Rollouts:
+        """GROUP_SIZE completions of each of the step's prompts from the policy as it is."""
+        rows = prompts_of_step(self.train_rows, step, BATCH_SIZE, generator_of)
+        return self.sample(rows, GROUP_SIZE, ("rollout", step))
+
+    def sample(self, rows, group_size, purpose, greedy=False) -> Rollouts:
+        """group_size completions of each row's prompt: Rollouts.
+
+        Randomness depends on SEED, purpose and the place of each completion, not on how many are sampled at once.
+        """
+        shape = (len(rows) * group_size, MAX_COMPLETION_TOKENS)
+        uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator_of(*purpose))
+        settings = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_COMPLETION_TOKENS}
+        return self.sampler(rows, group_size, uniform, **settings)
+
+    # -- 2. Score
+
+    def compute_rewards(self, rollouts):
+        """The weighted sum of REWARDS, (B,). If the reward model scores tokens, (B, T), with the others on the last."""
+        rewards = torch.tensor(self.rewards(rollouts.prompts, rollouts.texts, rollouts))
+        if USE_SEQUENCE_LEVEL_REWARD:
+            return rewards
+        token_rewards = self.rewards.weights["reward_model"] * self.rewards.reward_model.token_scores  # (B, T)
+        return token_rewards + on_last_token(rewards - token_rewards.sum(1), rollouts)
+
+    def score(self, rollouts):
+        """The rewards with the overlong penalty on top: (B,) or (B, T)."""
+        penalty = overlong_penalty(rollouts.completion_lengths)
+        rewards = self.compute_rewards(rollouts)
+        return rewards + (penalty if USE_SEQUENCE_LEVEL_REWARD else on_last_token(penalty, rollouts))
+
+    @torch.no_grad()
+    def compute_log_probs(self, model, rollouts):
+        """Log-probs of all completions under a model: (B, T) on its device."""
+
+        def compute(budget):
+            logps = torch.zeros(rollouts.completion_mask.shape, device=model.device)
+            for part in micro_batches(rollouts.lengths, budget):
+                logps[part.to(model.device)], _ = completion_logps(model, rollouts.select(part))
+            return logps
+
+        return self.fit_to_memory("log-probs", MICRO_BATCH_TOKENS, compute)
+
+    def compute_old_logps(self, rollouts):
+        """log π_old, (B, T), of the policy that sampled: as it stands, before the step's updates.
+
+        In float32 these are the sampler's own. In bfloat16 sampling and training differ by 1e-2, so they are computed
+        again as the updates compute π, and the ratio begins at 1.
+        """
+        if self.policy_device.type == "cpu" and POLICY_DTYPE == "float32":
+            return rollouts.sampled_logps
+        return self.compute_log_probs(self.policy, rollouts)
+
+    def compute_ref_logps(self, rollouts):
+        """log π_ref, (B, T): of the reference model, or of the policy without its adapter; None without a KL term."""
+        if self.reference is None:
+            return None
+        with self.reference as model:
+            return self.compute_log_probs(model, rollouts).to(self.policy_device)
+
+    def add_scores(self, rollouts, clock):
+        """Adds rewards, old_logps and ref_logps. Models on devices of their own work while the policy does."""
+        rewards = self.worker.submit(self.score, rollouts)
+        beside = self.worker if self.reference is not None and not self.reference.is_policy else LazyWorker()
+        ref_logps = beside.submit(self.compute_ref_logps, rollouts)
+        with clock("logps"):
+            rollouts.old_logps = self.compute_old_logps(rollouts)
+        with clock("reward"):
+            rollouts.rewards = rewards.result().to(self.policy_device)
+        with clock("logps"):
+            rollouts.ref_logps = ref_logps.result()
+
+    # -- 3. Advantages
+
+    def compute_advantages(self, rollouts):
+        """(B,), or (B, T) if each token has a reward of its own."""
+        if USE_SEQUENCE_LEVEL_REWARD:
+            return compute_relative_advantages(rollouts.rewards, GROUP_SIZE)
+        mask = rollouts.completion_mask.to(self.policy_device)
+        return compute_token_advantages(rollouts.rewards, mask, GROUP_SIZE)
+
+    # -- 4. Update
+
+    def update_policy(self, rollouts, step):
+        """CISPO_EPOCHS passes over the completions, of MINI_BATCHES optimizer steps each. Returns their stats."""
+        updates = []
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.constants)
+        for epoch in range(CISPO_EPOCHS):
+            order = torch.randperm(len(rollouts.texts), generator=generator_of("mini-batches", step, epoch))
+            updates += [self.update(rollouts.select(rows)) for rows in order.tensor_split(MINI_BATCHES) if len(rows)]
+        return updates
+
+    def update(self, batch):
+        """One optimizer step on some completions. Returns the losses and the statistics of the ratio.
+
+        The statistics are of all completions of the batch, whatever else the loss has. One without an advantage counts
+        with a ratio of 1, because its ratio moves nothing. If the loss or the gradient is not finite, the step is
+        skipped, and its grad_norm says so.
+        """
+        logps, stats = self.fit_to_memory("updates", MICRO_BATCH_TOKENS, lambda n: self.compute_gradient(batch, n))
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
+        finite = torch.stack([norm, *stats.values()]).isfinite().all()
+        stats["grad_norm"] = torch.where(finite, norm, math.nan)
+        if finite:
+            self.optimizer.step()
+        mask = batch.completion_mask.to(self.policy_device)
+        with_advantage = batch.advantages.view(len(mask), -1).any(1, keepdim=True)
+        logps_counted = torch.where(with_advantage, logps, batch.old_logps)
+        stats |= ratio_stats(logps_counted, batch.old_logps, batch.advantages, mask)
+        if batch.ref_logps is not None:
+            kl = compute_kl(logps, batch.ref_logps)
+            # The mean per token, whatever the loss divides by.
+            stats["kl_divergence"] = aggregate(kl, mask) / aggregate(torch.ones_like(kl), mask)
+        return stats
+
+    def compute_gradient(self, batch, budget):
+        """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
+
+        Each micro-batch counts by its share of the batch's divisor, so that how it is split cannot change the gradient.
+        Returns logps (B, T), without gradient, and the losses. Rows that move nothing do not go through the model, and
+        have old_logps.
+        """
+        _, divisor = token_weights(batch.completion_mask)
+        all_move = batch.ref_logps is not None or ENTROPY_COEF > 0  # else only completions with an advantage do
+        chosen = (batch.advantages.view(len(batch.texts), -1).any(1).cpu() | all_move).nonzero().squeeze(1)
+        moving, logps, stats = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True), {}
+        self.optimizer.zero_grad()
+        if len(chosen) == 0:  # the gradient is zero rather than absent, so that AdamW's averages go on
+            stats["policy_loss"] = torch.zeros((), device=self.policy_device)
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
+        self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
+        for rows in micro_batches(moving.lengths, budget):
+            part = moving.select(rows)
+            mask, share = part.completion_mask.to(self.policy_device), token_weights(part.completion_mask)[1] / divisor
+            part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
+            losses = {"policy_loss": compute_policy_loss(part_logps, part.old_logps, part.advantages, mask)[0]}
+            if ENTROPY_COEF > 0:
+                losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask)
+            if part.ref_logps is not None:
+                kl_loss = compute_kl_loss(part_logps, part.old_logps, part.ref_logps, mask)
+                losses["kl_loss"] = self.kl_coef * kl_loss
+            (share * sum(losses.values())).backward()
+            logps[chosen[rows].to(self.policy_device)] = part_logps.detach()
+            for name, loss in losses.items():
+                stats[name] = stats.get(name, 0.0) + share * loss.detach()
+        self.policy.eval()
+        return logps, stats
+
+    # -- 5. Adapt and log
+
+    def update_kl_coef(self, mean_kl):
+        """Adapts the weight of the KL term for the next step. mean_kl: None without a KL term, or without an update."""
+        if ADAPTIVE_KL and mean_kl is not None:
+            self.kl_coef = next_kl_coef(self.kl_coef, mean_kl)
+
+    def metrics_of_step(self, step, rollouts, updates):
+        """What metrics.jsonl holds of a step's sampling, rewards and updates."""
+        metrics = {"learning_rate": learning_rate_at(step, self.constants), "kl_coef": self.kl_coef}
+        metrics |= {"memory_halvings": self.fit_to_memory.halvings.total()} | self.rewards.report()
+        return metrics | step_metrics(rollouts, updates, GROUP_SIZE)
+
+    def keep_samples(self, step, rollouts, metrics):
+        """Keeps what samples.jsonl shows of a step, and after a skipped update all completions for skipped.jsonl."""
+        shown = rollouts.select(torch.arange(len(rollouts.texts))[: SAMPLE_GROUPS * GROUP_SIZE])
+        self.samples = samples_of(step, self.tokenizer, shown, self.compute_log_probs(self.policy, shown))
+        if metrics["skipped_updates"]:
+            self.skipped = samples_of(step, self.tokenizer, rollouts, rollouts.old_logps)
+
+    def sampler_gap(self, rollouts):
+        """Mean |log-prob at sampling − log-prob in training| of the last group's tokens, nats, before any update."""
+        last = rollouts.select(torch.arange(len(rollouts.texts))[-GROUP_SIZE:])
+        logps = self.compute_log_probs(self.policy, last).cpu()
+        return (last.sampled_logps - logps)[last.completion_mask].abs().mean().item()
+
+    # -- Around the steps
+
+    def train(self):
+        """Trains for MAX_STEPS steps. Returns metrics_history, which is also what metrics.jsonl holds."""
+        set_up_process(self.policy_device)
+        with Run(self) as self.run:
+            for step in self.run.steps():  # from 0, the evaluation before training
+                metrics = self.run.unfinished or self.train_step(step)
+                self.run.keep(step, metrics)
+                if self.run.evaluation_is_due(step):
+                    metrics |= self.evaluate()
+                self.run.finish_step(step, metrics)
+        return self.metrics_history
+
+    def evaluate(self):
+        """Held-out accuracy, sampled and greedy: eval_*. The random numbers are the same each time."""
+        sampled = self.sample(self.eval_rows, EVAL_SAMPLES, ("evaluation",))
+        greedy = self.sample(self.eval_rows, 1, ("evaluation",), greedy=True)
+        self.eval_texts = greedy.texts
+        return evaluation_metrics(sampled, greedy, self.eval_reward, PASS_AT)
+
+    def state(self):
+        """What a checkpoint holds beside the weights. Nothing random: that comes from generator_of alone."""
+        return {"optimizer": self.optimizer.state_dict(), "kl_coef": self.kl_coef}
+
+    def load_state(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.kl_coef = state["kl_coef"]
+
+
+# ---- Run -------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    with configs.one_line_errors():
+        configs.apply_overrides(globals(), argv, resume=Run.constants_to_resume)
+        trainer = CISPOTrainer()
+        selftest(trainer) if SELFTEST else trainer.train()
+
+
+if __name__ == "__main__":
+    main()
