@@ -30,6 +30,7 @@ Run:   python cispo.py                    the embedded task, on any machine
        python plotting.py outputs/<run>   redraw the figure
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -45,11 +46,11 @@ from bookkeeping.metrics import Clock, ratio_metrics, samples_of, step_metrics
 from bookkeeping.run import Run
 from bookkeeping.selftest import selftest
 from engine.memory import FitToMemory, set_up_process
-from engine.packing import Packing, micro_batches
+from engine.packing import Packing, in_micro_batches, micro_batches
 from engine.precision import autocast
 from engine.rollouts import Rollouts, on_last_token
 from engine.sampling import Sampler
-from engine.schedule import learning_rate_at
+from engine.steps import learning_rate_at, take_step
 from engine.vocabulary import token_logps
 from engine.workers import LazyWorker, worker_beside
 from inputs.load import load_inputs
@@ -342,6 +343,7 @@ class CISPOTrainer:
         self.sampler = Sampler(self.policy, self.tokenizer, self.eos_ids, at_once, self.fit_to_memory)
         self.worker = worker_beside(self.policy_device, self.devices.values())
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self.beside = {}  # further models that train, by name
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
         self.metrics_history, self.samples, self.skipped = [], [], []
@@ -400,14 +402,8 @@ class CISPOTrainer:
     @torch.no_grad()
     def compute_log_probs(self, model, rollouts):
         """Log-probs of all completions under a model: (B, T) on its device."""
-
-        def compute(budget):
-            logps = torch.zeros(rollouts.completion_mask.shape, device=model.device)
-            for part in micro_batches(rollouts.lengths, budget):
-                logps[part.to(model.device)], _ = completion_logps(model, rollouts.select(part))
-            return logps
-
-        return self.fit_to_memory("log-probs", MICRO_BATCH_TOKENS, compute)
+        logps_of = functools.partial(in_micro_batches, rollouts, lambda part: completion_logps(model, part)[0])
+        return self.fit_to_memory("log-probs", MICRO_BATCH_TOKENS, logps_of)
 
     def compute_old_logps(self, rollouts):
         """log π_old, (B, T), of the policy that sampled: as it stands, before the step's updates.
@@ -463,15 +459,10 @@ class CISPOTrainer:
         """One optimizer step on some completions. Returns the losses and the statistics of the ratio.
 
         The statistics are of all completions of the batch, whatever else the loss has. One without an advantage counts
-        with a ratio of 1, because its ratio moves nothing. If the loss or the gradient is not finite, the step is
-        skipped, and its grad_norm says so.
+        with a ratio of 1, because its ratio moves nothing.
         """
         logps, stats = self.fit_to_memory("updates", MICRO_BATCH_TOKENS, lambda n: self.compute_gradient(batch, n))
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
-        finite = torch.stack([norm, *stats.values()]).isfinite().all()
-        stats["grad_norm"] = torch.where(finite, norm, math.nan)
-        if finite:
-            self.optimizer.step()
+        stats["grad_norm"] = take_step(self.optimizer, MAX_GRAD_NORM, stats)
         mask = batch.completion_mask.to(self.policy_device)
         with_advantage = batch.advantages.view(len(mask), -1).any(1, keepdim=True)
         logps_counted = torch.where(with_advantage, logps, batch.old_logps)
@@ -503,18 +494,22 @@ class CISPOTrainer:
             part = moving.select(rows)
             mask, share = part.completion_mask.to(self.policy_device), token_weights(part.completion_mask)[1] / divisor
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
-            losses = {"policy_loss": compute_policy_loss(part_logps, part.old_logps, part.advantages, mask)[0]}
-            if ENTROPY_COEF > 0:
-                losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask)
-            if part.ref_logps is not None:
-                kl_loss = compute_kl_loss(part_logps, part.old_logps, part.ref_logps, mask)
-                losses["kl_loss"] = self.kl_coef * kl_loss
+            losses = self.losses(part, part_logps, entropy, mask)
             (share * sum(losses.values())).backward()
             logps[chosen[rows].to(self.policy_device)] = part_logps.detach()
             for name, loss in losses.items():
                 stats[name] = stats.get(name, 0.0) + share * loss.detach()
         self.policy.eval()
         return logps, stats
+
+    def losses(self, part, logps, entropy, mask):
+        """The terms of the loss over some completions, {name: scalar}, which add up to it."""
+        losses = {"policy_loss": compute_policy_loss(logps, part.old_logps, part.advantages, mask)[0]}
+        if ENTROPY_COEF > 0:
+            losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask)
+        if part.ref_logps is not None:
+            losses["kl_loss"] = self.kl_coef * compute_kl_loss(logps, part.old_logps, part.ref_logps, mask)
+        return losses
 
     # -- 5. Adapt and log
 

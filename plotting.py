@@ -65,6 +65,8 @@ TITLES = {  # metric: (title of the panel, unit of the y axis); another metric h
     "kl_coef": ("KL coefficient", "weight"),
     "entropy": ("Entropy of the sampled tokens", "nats per token"),
     "clip_fraction": ("Clip fraction", "share"),
+    "value_loss": ("Value loss", "loss"),
+    "explained_variance": ("Explained variance of the returns", "share"),
     "ratio_max": ("Greatest importance ratio", "ratio"),
     "rare_gradient": ("Rare tokens", "share"),
     "resampled": ("Prompts resampled", "share of the prompts sampled"),
@@ -78,6 +80,7 @@ LABELS = {
     "accuracy": "right, of all completions sampled",
     "clip_fraction": "either side",
     "rare_gradient": "share of the gradient",
+    "explained_variance": "all tokens",
     "dead_groups_drawn": "measured",
     "avg_response_length": "response length",
 }
@@ -112,6 +115,12 @@ def _beside_rare(axis, rows, _, __):
     _line(axis, [row["step"] for row in rows], _column(rows, "rare_tokens"), SKY, "share of tokens")
 
 
+def _beside_explained(axis, rows, _, __):
+    last = _column(rows, "explained_variance_last")
+    _line(axis, [row["step"] for row in rows], last, SKY, "last tokens")
+    axis.set_ylim(bottom=max(-1, axis.get_ylim()[0]))
+
+
 def _beside_dead_groups(axis, rows, constants, _):
     size = constants.get("GROUP_SIZE", 8)
     expected = [p**size + (1 - p) ** size for p in _column(rows, "accuracy")]
@@ -140,6 +149,7 @@ BESIDE = {
     "kl_divergence": _beside_kl,
     "clip_fraction": _beside_clip,
     "rare_gradient": _beside_rare,
+    "explained_variance": _beside_explained,
     "resampled": _as_share,
     "dead_groups_drawn": _beside_dead_groups,
     "avg_response_length": _beside_length,

@@ -6,6 +6,8 @@ from math import inf, isfinite
 
 import torch
 
+from engine.rollouts import last_tokens
+
 
 def step_metrics(rollouts, updates, group_size):
     """Returns the metrics of a step.
@@ -39,6 +41,25 @@ def step_metrics(rollouts, updates, group_size):
         "avg_response_length": lengths.mean().item(),
         "truncated": rollouts.truncated.double().mean().item(),
     }
+
+
+def value_metrics(rollouts, updates):
+    """Returns the metrics of a critic in a step.
+
+    updates: the statistics of each of its optimizer steps. explained_variance: 1 − Var(returns − values) / Var(returns)
+    over all tokens, of the values before the step's updates; explained_variance_last: over the last tokens alone. It is
+    None if all returns are equal. kl_in_reward: the mean of log π_old − log π_ref, None without a reference.
+    """
+    mask = rollouts.completion_mask.to(rollouts.values.device)
+    values, returns = rollouts.values.double(), rollouts.returns.double()
+    metrics = {name: torch.stack([update[name] for update in updates]).double().mean().item() for name in updates[0]}
+    for name, tokens in (("explained_variance", mask), ("explained_variance_last", last_tokens(mask))):
+        spread, left = returns[tokens].var().item(), (returns - values)[tokens].var().item()
+        metrics[name] = 1 - left / spread if spread > 0 else None
+    ref_logps, old_logps = rollouts.ref_logps, rollouts.old_logps
+    kl = None if ref_logps is None else (old_logps - ref_logps)[mask].double().mean().item()
+    means = {"values_mean": values[mask].mean().item(), "returns_mean": returns[mask].mean().item()}
+    return metrics | means | {"kl_in_reward": kl}
 
 
 def ratio_metrics(ratio, clipped, counted, **sides):

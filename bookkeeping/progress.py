@@ -38,7 +38,7 @@ class Progress:
 
 
 def say_what_does_not_act(step, history, constants, files):
-    """Warns if all rewards of every group are equal, and if the clip is too wide to act.
+    """Warns if all rewards of every group are equal, if a critic explains nothing, and if the clip is too wide to act.
 
     files: the RunFolder.
     """
@@ -51,7 +51,16 @@ def say_what_does_not_act(step, history, constants, files):
             f"in {IDLE_STEPS} steps no group had a signal: all completions of each got the same reward, so that "
             "there is nothing to prefer; look at samples.html, and change --rewards, the prompts or --temperature",
         )
-    elif step == IDLE_STEPS and (ratios := idle_clip(history)):
+    explained = [row.get("explained_variance") for row in history[1:] if row["updates"]][-IDLE_STEPS:]
+    if len(explained) < IDLE_STEPS or any(share is None or share >= 0 for share in explained):
+        files.well_again("critic")
+    else:
+        files.complain(
+            "critic",
+            f"in {IDLE_STEPS} steps the critic's explained variance was below 0, so its values are worse than their "
+            "mean; lower --critic-learning-rate, or raise --critic-warmup-steps",
+        )
+    if step == IDLE_STEPS and (ratios := idle_clip(history)):
         tqdm.write(
             f"Warning: in {step} steps the ratio stayed in [{ratios[0]:.6f}, {ratios[1]:.6f}] and the clip never "
             f"acted; lower CLIP_LOW = {constants.CLIP_LOW:g} and CLIP_HIGH = {constants.CLIP_HIGH:g}"
@@ -75,6 +84,8 @@ def print_summary(history, rows, texts_before, texts_after, folder):
     shares = ", ".join(f"{name} {seconds / sum(spent.values()):.0%}" for name, seconds in spent.items())
     print(f"Time:    {sum(spent.values()):.0f} s in {len(history) - 1} steps: {shares}")
     print(f"Model:   {folder / 'final'}")
+    if (folder / "final-critic").is_dir():
+        print(f"Critic:  {folder / 'final-critic'}")
     print(f"Picture: {folder / 'metrics.png'}")
     print(f"Samples: {folder / 'samples.html'}")
 

@@ -10,7 +10,7 @@ import torch
 from bookkeeping import checkpoints
 from bookkeeping.folder import sha256_of_rewards
 from configs import KINDS, InputError, as_saved, constants_in, expand_home
-from engine.schedule import learning_rate_at
+from engine.steps import learning_rate_at
 
 # Constants that may change when a run is resumed: how long, how often, where, and how much at once. A script names more
 # in its `may_change`.
@@ -20,7 +20,7 @@ MAY_CHANGE = (
     *("MERGE_LORA", "PROFILE", "PANELS"),
 )
 # These may change, too, if the run has fingerprints of their content. So the files may move, but not change.
-MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL")
+MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL", "CRITIC_MODEL")
 
 
 # -- The constants of the run
@@ -163,7 +163,7 @@ def fingerprints(trainer):
         "EVAL_PROMPTS": [(row["messages"], row["begun"], row["answer"]) for row in trainer.eval_rows],
         "POLICY_MODEL": (trainer.tokenizer.chat_template, _sums_of_bits(trainer.policy)),
         "REWARD_MODEL": _sums_of_bits(reward_model) if reward_model else None,
-    }
+    } | {f"{name.upper()}_MODEL": _sums_of_bits(one.model) for name, one in trainer.beside.items()}
     return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in content.items()}
 
 

@@ -38,6 +38,7 @@ class Trainer(Protocol):
     policy: torch.nn.Module  # saved, and loaded in place
     adapter: object  # peft's model around the policy, None without LoRA
     tokenizer: object  # saved beside the policy
+    beside: dict  # further models that train, {"critic": one}, with model, adapter, optimizer; saved as final-critic/
     optimizer: torch.optim.Optimizer  # after its first step in a training step, a signal waits for the end
 
     # The results of steps
@@ -77,7 +78,7 @@ class Run:
         resumed = resuming.run_to_resume(self.constants) if self.constants.RESUME else None
         self.files = RunFolder(self.constants, resumed)
         self.folder = self.files.path
-        self.signals = StopSignals(trainer.optimizer)
+        self.signals = StopSignals([trainer.optimizer, *(one.optimizer for one in trainer.beside.values())])
         self.saver = Saver(trainer, self.folder)
         self.profiler = Profiler(self.constants.PROFILE, self.files)
         self.done = 0

@@ -1,5 +1,6 @@
 """Saves a trainer: checkpoints, written by a thread, and the trained model in final/."""
 
+import functools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,8 +30,9 @@ class Saver:
             weights = policy_weights(trainer.policy, trainer.adapter)
             checkpoints.write_folder(trial / "checkpoint", *self._writers_of_checkpoint(weights, 0, state, []))
             checkpoints.load(trial / "checkpoint", trainer.policy, trainer.adapter)
-            if trainer.adapter is not None:  # else it would write the same weights again
-                checkpoints.write_folder(trial / "final", *self._writers_of_final())
+            for name, writers in self._finals().items():
+                if name != "final" or trainer.adapter is not None:  # else it would write the same weights again
+                    checkpoints.write_folder(trial / name, *writers)
         finally:
             shutil.rmtree(trial, ignore_errors=True)
 
@@ -68,12 +70,13 @@ class Saver:
             return False
 
     def final(self):
-        """Writes final/. Raises InputError if it cannot."""
+        """Writes final/, and final-critic/ if there is a critic. Raises InputError if it cannot."""
         self.wait()
-        try:
-            checkpoints.write_folder(self.folder / "final", *self._writers_of_final())
-        except checkpoints.WRITE_ERRORS as error:
-            raise InputError(f"{self.folder / 'final'} could not be written ({error}); free some space") from None
+        for name, writers in self._finals().items():
+            try:
+                checkpoints.write_folder(self.folder / name, *writers)
+            except checkpoints.WRITE_ERRORS as error:
+                raise InputError(f"{self.folder / name} could not be written ({error}); free some space") from None
 
     def _writers_of_checkpoint(self, weights, step, state, history, best=None):
         trainer = self.trainer
@@ -83,8 +86,15 @@ class Saver:
             lambda folder: checkpoints.write_state(folder, step, state, history, best),
         )
 
-    def _writers_of_final(self):
-        trainer = self.trainer
+    def _finals(self):
+        """Returns {name of a folder: its writers}. A model beside the policy is always saved whole, with its head."""
+        trainer, finals = self.trainer, {}
         merge = self.constants.MERGE_LORA and trainer.adapter is not None
-        save = save_merged if merge else save_policy
-        return lambda folder: save(folder, trainer.policy, trainer.adapter), trainer.tokenizer.save_pretrained
+        models = {"final": (save_merged if merge else save_policy, trainer.policy, trainer.adapter)}
+        for name, one in trainer.beside.items():
+            save = save_policy if one.adapter is None else save_merged
+            models[f"final-{name}"] = (save, one.model, one.adapter)
+        for folder_name, (save, model, adapter) in models.items():
+            write = functools.partial(save, model=model, adapter=adapter)
+            finals[folder_name] = write, trainer.tokenizer.save_pretrained
+        return finals

@@ -25,17 +25,19 @@ class StopSignals:
     received: the first signal, or None. A second signal ends the process at once.
 
     interruptible: whether the run can be left where it is, so that a signal need not wait. Each optimizer step sets it
-    to False, because the weights have then moved in a step that is not done.
+    to False, because the weights have then moved in a step that is not done. An optimizer may step in a thread beside
+    the main one. So a lock decides which comes first: the signal, or the step, which then does not happen.
     """
 
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+        self.lock, self.left = threading.RLock(), False
         self.received = None
         self.interruptible = False
         self.handlers = {}  # the handlers from before this context
 
     def __enter__(self):
-        self.hook = self.optimizer.register_step_pre_hook(self._before_update)
+        self.hooks = [optimizer.register_step_pre_hook(self._before_update) for optimizer in self.optimizers]
         if threading.current_thread() is threading.main_thread():
             for number in HANDLED:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -43,7 +45,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *_):
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -53,7 +56,10 @@ class StopSignals:
             raise Stopped
 
     def _before_update(self, *_):
-        self.interruptible = False
+        with self.lock:
+            if self.left:
+                raise Stopped
+            self.interruptible = False
 
     def _on_signal(self, number, _):
         if self.received is not None:
@@ -61,8 +67,10 @@ class StopSignals:
             os.kill(os.getpid(), number)
         self.received = signal.Signals(number)
         tqdm.write(f"{self.received.name}: stopping, with a checkpoint; once more stops at once, without")
-        if self.interruptible:
-            raise Stopped
+        with self.lock:
+            if self.interruptible:
+                self.left = True
+                raise Stopped
 
 
 class LossyStream:

@@ -70,6 +70,19 @@ def micro_batches(lengths, token_budget):
         yield torch.stack(batch)
 
 
+def in_micro_batches(rollouts, compute, token_budget):
+    """Returns compute(part), (rows, T), of all completions, which go through in parts of at most token_budget tokens.
+
+    rollouts: Rollouts. compute: a function of Rollouts.
+    """
+    results = None
+    for rows in micro_batches(rollouts.lengths, token_budget):
+        part = compute(rollouts.select(rows))
+        results = part.new_zeros(rollouts.completion_mask.shape) if results is None else results
+        results[rows.to(part.device)] = part
+    return torch.zeros(rollouts.completion_mask.shape) if results is None else results
+
+
 def places(lengths, width, device):
     """Returns (N,): the index of each of the N tokens in rows of that width, laid out one after the other."""
     return (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1).to(device)

@@ -65,6 +65,11 @@ class Rollouts:
         return rollouts
 
 
+def last_tokens(completion_mask):
+    """Returns which tokens are the last of their completions, (B, T). completion_mask: (B, T)."""
+    return completion_mask & ~torch.nn.functional.pad(completion_mask, (0, 1))[:, 1:]
+
+
 def on_last_token(values, rollouts):
     """Turns one number per completion, (B,), into (B, T): the number at its last token, and 0 elsewhere."""
     last = rollouts.completion_lengths[:, None] - 1

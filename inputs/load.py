@@ -125,13 +125,18 @@ def load_policy_and_reference(c, devices, tokenizer):
         dtype = frozen_dtype(c.FROZEN_DTYPE, device)
         model = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", device, dtype=dtype, **options)
         reference = Reference(model.requires_grad_(False))
+    prepare_to_train(c, policy)
+    return policy, adapter, reference
+
+
+def prepare_to_train(c, model):
+    """Lets a model compute activations again in the backward pass, if GRADIENT_CHECKPOINTING asks for that."""
     if c.GRADIENT_CHECKPOINTING:
-        without_dropout(policy)
+        without_dropout(model)
         # The first name is that of newer versions of transformers, the second that of older ones.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        next(getattr(policy, name) for name in names if hasattr(policy, name))({"use_reentrant": False})
-        policy.enable_input_require_grads()
-    return policy, adapter, reference
+        next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
+        model.enable_input_require_grads()
 
 
 def longest_prompt(c, policy, tokenizer):

@@ -20,11 +20,14 @@ OTHER_KIND = {  # the remedy if a reward model has the other kind of head
 }
 
 
-def load_model(auto_class, name, constant, device, *, revision="main", dtype=torch.float32, trust=False, packed=True):
+def load_model(
+    auto_class, name, constant, device, *, revision="main", dtype=torch.float32, trust=False, packed=True, new_head=""
+):
     """Returns a model in eval mode. Its safetensors files hold exactly its tensors: none is made up, none is left over.
 
     packed: whether it gets the attention of engine/packing.py, which the scripts' own passes use. Otherwise it gets the
-    fastest one that this machine has.
+    fastest one that this machine has. new_head: the prefix of a head of one logit. Where the files have no such tensor,
+    it is 0; they may have a language model's head, which is dropped.
     """
     flash = device.type == "cuda" and dtype != torch.float32 and transformers.utils.is_flash_attn_2_available()
     place = find_model(name, constant)
@@ -43,9 +46,15 @@ def load_model(auto_class, name, constant, device, *, revision="main", dtype=tor
             trust_remote_code=trust,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
+            **({"num_labels": 1} if new_head else {}),
         )
     except LOAD_ERRORS as error:
         raise not_loaded("model", name, constant, error) from None
+    if new_head:
+        for key in [key for key in info["missing_keys"] if str(key).startswith(new_head)]:
+            torch.nn.init.zeros_(model.get_parameter(key))
+            info["missing_keys"].remove(key)
+        info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not str(key).startswith("lm_head.")}
     wrong = [f"{kind.replace('_', ' ')} {sorted(map(str, keys))[:3]}" for kind, keys in info.items() if keys]
     if wrong:
         head = any(str(key).startswith(("score.", "classifier.")) for keys in info.values() for key in keys)

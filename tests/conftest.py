@@ -73,6 +73,7 @@ def shrink(script, tmp_path):
         EVAL_SAMPLES=2,
         WARMUP_STEPS=0,
         MAX_COMPLETION_TOKENS=40,
+        SAMPLE_GROUPS=2,
         PROMPTS=f"{FEW.name}/train.jsonl",
         EVAL_PROMPTS=f"{FEW.name}/test.jsonl",
         OUTPUT_DIR=str(tmp_path / "outputs"),

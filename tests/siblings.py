@@ -1,8 +1,8 @@
 """Holds the shared parts of the scripts identical: `make sync` copies them, and tests/test_siblings.py checks them.
 
 The docstring, Constants and Algorithm are each script's own. The imports and all other sections are gspo.py's, except
-for the algorithm's name, and except for the functions in EXEMPTIONS. Each exemption has the reason why the algorithm
-needs its own function.
+for the algorithm's name, and except for the functions in EXEMPTIONS, where "imports" stands for all imports. Each
+exemption has the reason why the algorithm needs its own.
 """
 
 import ast
@@ -20,6 +20,21 @@ OWN = ("docstring", "Constants", "Algorithm")
 # {script: {function, class or method: why it differs from gspo.py's}}. The name of a class means its opening lines, up
 # to its first method. A function that gspo.py does not have stays behind the one that it follows.
 EXEMPTIONS = {
+    "ppo": {
+        "imports": "loads a critic and logs its metrics",
+        "completion_values": "the critic's values, which no other algorithm here has",
+        "PPOTrainer.__init__": "loads the critic, and makes its optimizer",
+        "PPOTrainer.compute_values": "the critic's values, which no other algorithm here has",
+        "PPOTrainer.add_scores": "values are computed on the critic's device while the policy works",
+        "PPOTrainer.compute_advantages": "advantages are GAE of the token rewards, and returns come with them",
+        "PPOTrainer.update_policy": "the critic steps beside the policy, which rests in the critic's warm-up",
+        "PPOTrainer.update_critic": "the critic has a loss and an optimizer of its own",
+        "PPOTrainer.compute_value_gradient": "the critic has a loss and an optimizer of its own",
+        "PPOTrainer.losses": "the KL is a part of the rewards, or of the loss if KL_IN_REWARD is off",
+        "PPOTrainer.metrics_of_step": "adds the metrics of the critic and its values",
+        "PPOTrainer.state": "a checkpoint holds the critic and its optimizer, too",
+        "PPOTrainer.load_state": "puts back the critic and its optimizer, too",
+    },
     "cispo": {
         "CISPOTrainer.score": "the overlong penalty comes on top of the rewards",
     },
@@ -89,10 +104,11 @@ def synced(name, text):
     """Returns script `name` with its own parts as in text, and with all other parts as in gspo.py."""
     own, result = sections(text), []
     for title, section in renamed(name).items():
+        exempt = EXEMPTIONS.get(name, {})
         if title in OWN or title == "imports":
-            result.append(own[title] if title in OWN else section)
+            result.append(own[title] if title in OWN or title in exempt else section)
             continue
-        here, shared, exempt = blocks(own[title]), blocks(section), EXEMPTIONS.get(name, {})
+        here, shared = blocks(own[title]), blocks(section)
         merged = {block: here[block] if block in exempt else lines for block, lines in shared.items()}
         before = ""
         for block in here:  # functions that gspo.py does not have, and the ends of those that it has

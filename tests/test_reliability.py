@@ -473,7 +473,7 @@ def test_several_processes_are_refused_in_one_line(tmp_path, monkeypatch, capsys
 def test_saving_the_final_model_is_tried_before_training(tmp_path, monkeypatch, capsys):
     shrink(gspo, tmp_path)
 
-    def broken(*_):
+    def broken(*_, **__):
         raise AttributeError("'Experts' object has no attribute 'weight'")
 
     monkeypatch.setattr(saving, "save_merged", broken)

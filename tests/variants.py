@@ -7,6 +7,7 @@ import cispo
 import dapo
 import grpo
 import gspo
+import ppo
 
 VARIANTS = [
     *[(gspo, {"RATIO_LEVEL": level}) for level in ("sequence", "sequence_token", "token")],
@@ -15,6 +16,7 @@ VARIANTS = [
     (grpo, {"DUAL_CLIP": 1.5}),
     *[(dapo, {"LOSS_AGGREGATION": how}) for how in ("token_mean", "sequence_mean")],
     *[(cispo, {"LOSS_AGGREGATION": how}) for how in ("token_mean", "sequence_mean")],
+    *[(ppo, {"DUAL_CLIP": clip}) for clip in (0.0, 1.5)],
 ]
 
 
@@ -60,7 +62,7 @@ def naive_loss(script, logps, old_logps, advantages, completion_mask):
 
 def naive_mean(script, terms):
     """Returns the aggregation of LOSS_AGGREGATION. terms: a list per sequence, with one number per token."""
-    how = getattr(script, "LOSS_AGGREGATION", "sequence_mean")
+    how = getattr(script, "LOSS_AGGREGATION", "token_mean" if script is ppo else "sequence_mean")
     if how == "token_mean":
         return sum(sum(sequence) for sequence in terms) / sum(len(sequence) for sequence in terms)
     divisor = script.LOSS_DIVISOR if how == "constant" else None

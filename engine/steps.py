@@ -1,0 +1,31 @@
+"""The optimizer's steps: their learning rate, and their size."""
+
+import math
+
+import torch
+
+
+def learning_rate_at(step, c, prefix=""):
+    """Returns the learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE.
+
+    c: the script's constants. prefix: before the names LEARNING_RATE and LR_SCHEDULE, such as "CRITIC_".
+    """
+    peak, schedule = getattr(c, prefix + "LEARNING_RATE"), getattr(c, prefix + "LR_SCHEDULE")
+    if step <= c.WARMUP_STEPS:
+        return peak * step / c.WARMUP_STEPS
+    progress = (step - c.WARMUP_STEPS - 1) / max(1, c.MAX_STEPS - c.WARMUP_STEPS)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return peak * factor[schedule]
+
+
+def take_step(optimizer, max_norm, losses):
+    """Takes an optimizer step along the gradient, scaled down to max_norm, and returns the norm before.
+
+    If the norm or one of the losses, {name: scalar}, is not finite, no step is taken, and the norm returned is NaN.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    finite = torch.stack([norm, *losses.values()]).isfinite().all()
+    if finite:
+        optimizer.step()
+    return torch.where(finite, norm, math.nan)
