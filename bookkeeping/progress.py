@@ -60,7 +60,7 @@ def say_what_does_not_act(step, history, constants, files):
             f"in {IDLE_STEPS} steps the critic's explained variance was below 0, so its values are worse than their "
             "mean; lower --critic-learning-rate, or raise --critic-warmup-steps",
         )
-    if step == IDLE_STEPS and (ratios := idle_clip(history)):
+    if latest != [1] * IDLE_STEPS and step == IDLE_STEPS and (ratios := idle_clip(history)):
         tqdm.write(
             f"Warning: in {step} steps the ratio stayed in [{ratios[0]:.6f}, {ratios[1]:.6f}] and the clip never "
             f"acted; lower CLIP_LOW = {constants.CLIP_LOW:g} and CLIP_HIGH = {constants.CLIP_HIGH:g}"

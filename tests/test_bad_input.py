@@ -24,6 +24,7 @@ import configs
 import dapo
 import grpo
 import gspo
+import ppo
 from inputs.prompts import load_prompts
 
 QUIET = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)  # Python does not print them
@@ -203,6 +204,17 @@ def causal_reward(script, folder, made):
     return ["--rewards", "reward_model", "--reward-model", made / "policy"]
 
 
+def critic(break_it):
+    """Copies the reward model, calls break_it(path of the copy), and gives it as critic."""
+
+    def copy(script, folder, made):
+        shutil.copytree(made / "reward", folder / "critic")
+        break_it(folder / "critic")
+        return ["--critic-model", folder / "critic"]
+
+    return copy
+
+
 def classifier_policy(script, folder, made):
     return ["--policy-model", made / "reward"]
 
@@ -305,6 +317,20 @@ FLAGS = [
         dapo,
         ["--loss-aggregation", "constant"],
         "must be one of 'token_mean', 'sequence_mean'",
+    ),
+    row(
+        "a critic's warm-up without end",
+        ppo,
+        ["--critic-warmup-steps", 3, "--max-steps", 3],
+        "CRITIC_WARMUP_STEPS = 3 leaves the policy no step",
+    ),
+    row("a discount above one", ppo, ["--gamma", 1.5], "GAMMA = 1.5", "in [0, 1]", "--gamma"),
+    row(
+        "a device of the critic that does not exist",
+        ppo,
+        ["--critic-device", "cuda:7"],
+        "CRITIC_DEVICE",
+        "no such device",
     ),
     row("a preset that does not exist", dapo, ["--preset", "huge"], "--preset huge", "smoke"),
 ]
@@ -497,6 +523,9 @@ MODELS = [
     ),
     row("LoRA on layers that are not there", gspo, ["--lora-rank", 2, "--lora-targets", "x"], "LORA_TARGETS = 'x'"),
     row("a reward model with two logits", grpo, model(two_logits, "reward"), "2 logits", "--reward-model"),
+    row("a critic that is not there", ppo, ["--critic-model", "mine/a/critic"], "CRITIC_MODEL", "no such file"),
+    row("a critic with two logits", ppo, critic(two_logits), "CRITIC_MODEL", "2 logits", "a single logit"),
+    row("a critic with another vocabulary", ppo, critic(more_tokens), "CRITIC_MODEL", "the policy's vocabulary"),
     row("a reward model that is a causal model", dapo, causal_reward, "REWARD_MODEL", "missing keys ['score.weight']"),
     row(
         "a token classifier where a sequence is to be scored",

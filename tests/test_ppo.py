@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from variants import loss_and_grad
 
 import configs
 import ppo
+from bookkeeping.progress import say_what_does_not_act
 from bookkeeping.run import Run
+from bookkeeping.signals import Stopped, StopSignals
 
 
 def ragged(seed=0, batch=5, tokens=7):
@@ -181,6 +185,36 @@ def test_a_checkpoint_of_another_critic_is_one_line(tmp_path):
     state["critic"] = {name: value[:1] for name, value in state["critic"].items()}
     with pytest.raises(configs.InputError, match="the checkpoint's critic does not fit"):
         trainer.load_state(state)
+
+
+def test_a_critic_that_steps_in_a_thread_does_not_step_after_a_signal_has_left_the_run():
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    policy, critic = (torch.optim.SGD([weight], lr=1.0) for weight in weights)
+    for weight in weights:
+        weight.grad = torch.ones(1)
+    with StopSignals([policy, critic]) as signals, ThreadPoolExecutor(1) as worker:
+        signals.interruptible = True
+        with pytest.raises(Stopped):
+            signals._on_signal(signal.SIGTERM, None)
+        with pytest.raises(Stopped):
+            worker.submit(critic.step).result()
+        assert weights[1].item() == 1.0
+    with StopSignals([policy, critic]) as signals, ThreadPoolExecutor(1) as worker:
+        signals.interruptible = True
+        worker.submit(critic.step).result()  # from here on, a signal waits for the end of the step
+        signals._on_signal(signal.SIGTERM, None)
+        assert weights[1].item() == 0.0 and signals.received == signal.SIGTERM
+
+
+def test_a_critic_that_explains_nothing_is_said_once(tmp_path, capsys):
+    run = shrink(ppo, tmp_path) and ppo.PPOTrainer()
+    run.train()
+    rows = [{"step": i, "updates": 4, "explained_variance": -0.5, "clip_fraction": 0.1} for i in range(12)]
+    capsys.readouterr()
+    for step in (10, 11):
+        say_what_does_not_act(step, rows[: step + 1], run.constants, run.run.files)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "the critic's explained variance was below 0" in line and "--critic-learning-rate" in line
 
 
 def test_a_run_logs_the_critic_and_config_names_its_device(tmp_path):
