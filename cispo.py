@@ -46,9 +46,9 @@ from bookkeeping.metrics import Clock, ratio_metrics, samples_of, step_metrics
 from bookkeeping.run import Run
 from bookkeeping.selftest import selftest
 from engine.memory import FitToMemory, set_up_process
-from engine.packing import Packing, in_micro_batches, micro_batches
+from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
-from engine.rollouts import Rollouts, on_last_token
+from engine.rollouts import Rollouts, in_places, on_last_token
 from engine.sampling import Sampler
 from engine.steps import learning_rate_at, take_step
 from engine.vocabulary import token_logps
@@ -284,11 +284,8 @@ def compute_kl_loss(logps, old_logps, ref_logps, completion_mask):
 
 def next_kl_coef(kl_coef, mean_kl):
     """The KL weight for the next step: x 1.5 above 2 TARGET_KL, x 0.5 below TARGET_KL / 2, held in [0.01, 1]."""
-    if mean_kl > 2 * TARGET_KL:
-        kl_coef = kl_coef * 1.5
-    elif mean_kl < TARGET_KL / 2:
-        kl_coef = kl_coef * 0.5
-    return min(max(kl_coef, 0.01), 1.0)
+    factor = 1.5 if mean_kl > 2 * TARGET_KL else 0.5 if mean_kl < TARGET_KL / 2 else 1.0
+    return min(max(kl_coef * factor, 0.01), 1.0)
 
 
 # ---- Data and log-probs ----------------------------------------------------------------------------------------------
@@ -306,18 +303,11 @@ def completion_logps(model, rollouts, with_entropy=False):
     Second: the entropy of the full distribution at each of them, (B, T), or None. The sequences go through the model
     packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time.
     """
-    device, head = model.device, model.get_output_embeddings()
-    packing = Packing(model, rollouts.lengths - 1)  # without the last token, which predicts nothing
-    row, t = rollouts.completion_mask.nonzero(as_tuple=True)  # (tokens,) each
-    column = rollouts.prompt_lengths[row] + t
-    targets, before = rollouts.input_ids[row, column].to(device), (packing.first[row] + column - 1).to(device)
-    with autocast(device):
-        hidden = model.base_model(**packing.inputs(rollouts.input_ids), use_cache=False).last_hidden_state[0]  # (N, H)
-        hidden = hidden.index_select(0, before)  # (tokens, H)
-        hidden = hidden if TEMPERATURE == 1 else hidden / TEMPERATURE
+    head, targets = model.get_output_embeddings(), rollouts.completion_tokens.to(model.device)  # (tokens,)
+    with autocast(model.device):
+        hidden = states_before_tokens(model, rollouts) / TEMPERATURE  # (tokens, H)
         values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)
-    blank, place = torch.zeros(rollouts.completion_mask.shape, device=device), (row.to(device), t.to(device))
-    logps, entropy = (blank.index_put(place, value) for value in values)
+    logps, entropy = (in_places(value, rollouts.completion_mask) for value in values)
     return logps, entropy if with_entropy else None
 
 
@@ -468,21 +458,17 @@ class CISPOTrainer:
         logps_counted = torch.where(with_advantage, logps, batch.old_logps)
         stats |= ratio_stats(logps_counted, batch.old_logps, batch.advantages, mask)
         if batch.ref_logps is not None:
-            kl = compute_kl(logps, batch.ref_logps)
-            # The mean per token, whatever the loss divides by.
+            kl = compute_kl(logps, batch.ref_logps)  # logged as a mean per token, whatever the loss divides by
             stats["kl_divergence"] = aggregate(kl, mask) / aggregate(torch.ones_like(kl), mask)
         return stats
 
     def compute_gradient(self, batch, budget):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
-        Each micro-batch counts by its share of the batch's divisor, so that how it is split cannot change the gradient.
         Returns logps (B, T), without gradient, and the losses. Rows that move nothing do not go through the model, and
         have old_logps.
         """
-        _, divisor = token_weights(batch.completion_mask)
-        all_move = batch.ref_logps is not None or ENTROPY_COEF > 0  # else only completions with an advantage do
-        chosen = (batch.advantages.view(len(batch.texts), -1).any(1).cpu() | all_move).nonzero().squeeze(1)
+        chosen = self.moving(batch).nonzero().squeeze(1)
         moving, logps, stats = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True), {}
         self.optimizer.zero_grad()
         if len(chosen) == 0:  # the gradient is zero rather than absent, so that AdamW's averages go on
@@ -492,24 +478,33 @@ class CISPOTrainer:
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
         for rows in micro_batches(moving.lengths, budget):
             part = moving.select(rows)
-            mask, share = part.completion_mask.to(self.policy_device), token_weights(part.completion_mask)[1] / divisor
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
-            losses = self.losses(part, part_logps, entropy, mask)
-            (share * sum(losses.values())).backward()
+            losses = self.losses(part, batch, part_logps, entropy)
+            sum(losses.values()).backward()
             logps[chosen[rows].to(self.policy_device)] = part_logps.detach()
             for name, loss in losses.items():
-                stats[name] = stats.get(name, 0.0) + share * loss.detach()
+                stats[name] = stats.get(name, 0.0) + loss.detach()
         self.policy.eval()
         return logps, stats
 
-    def losses(self, part, logps, entropy, mask):
-        """The terms of the loss over some completions, {name: scalar}, which add up to it."""
+    def moving(self, batch):
+        """Which completions move the policy, (B,) on the CPU: with an advantage, or all by another term."""
+        all_move = batch.ref_logps is not None or ENTROPY_COEF > 0
+        return batch.advantages.view(len(batch.texts), -1).any(1).cpu() | all_move
+
+    def losses(self, part, batch, logps, entropy):
+        """What a part of the batch adds to its loss, {name: scalar}.
+
+        A part counts by its share of the batch's divisor, so that how a batch is split cannot change the gradient.
+        """
+        mask = part.completion_mask.to(self.policy_device)
+        share = token_weights(part.completion_mask)[1] / token_weights(batch.completion_mask)[1]
         losses = {"policy_loss": compute_policy_loss(logps, part.old_logps, part.advantages, mask)[0]}
         if ENTROPY_COEF > 0:
             losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask)
         if part.ref_logps is not None:
             losses["kl_loss"] = self.kl_coef * compute_kl_loss(logps, part.old_logps, part.ref_logps, mask)
-        return losses
+        return {name: share * loss for name, loss in losses.items()}
 
     # -- 5. Adapt and log
 

@@ -162,11 +162,14 @@ class Constants:
     """The constants of a script as they were at one moment, read-only: constants.MAX_STEPS.
 
     algorithm: the script's name without .py. path: the script. text: the text of the script at that moment. may_change:
-    names of the script's own constants that may change when a run is resumed.
+    names of the script's own constants that may change when a run is resumed. resting_steps: in how many first steps
+    the policy rests, while a critic learns.
     """
 
-    def __init__(self, values, path, text, may_change=()):
-        vars(self).update(values, algorithm=path.stem, path=path, text=text, may_change=may_change)
+    def __init__(self, values, path, text, may_change=(), policy_rests=None):
+        resting = values[policy_rests] if policy_rests else 0
+        extras = {"may_change": may_change, "resting_steps": resting}
+        vars(self).update(values, algorithm=path.stem, path=path, text=text, **extras)
 
     def __setattr__(self, name, _):
         raise AttributeError(
@@ -202,7 +205,7 @@ def snapshot(namespace: dict) -> Constants:
         values["OUTPUT_DIR"] = expand_home("OUTPUT_DIR", values["OUTPUT_DIR"])
     except KeyError as error:
         raise InputError(f"{path} has no constant {error} any more, or Python removed it; put it back") from None
-    return Constants(values, path, text, namespace.get("may_change", ()))
+    return Constants(values, path, text, namespace.get("may_change", ()), namespace.get("policy_rests"))
 
 
 def read_constants(namespace):
@@ -381,8 +384,8 @@ def _is_json_object(text):
         return False
 
 
-# name: (type, condition or allowed values, the rule and its remedy in words). EPOCHS and DEVICE stand for all names
-# that end so.
+# name: (type, condition or allowed values, the rule and its remedy in words). A name that is not here has the rule of
+# its last words: EPOCHS is that of GRPO_EPOCHS, and LEARNING_RATE that of CRITIC_LEARNING_RATE.
 RULES = {
     "DEVICE": (str, bool, 'a device such as "cpu" or "cuda:0"'),
     "GROUP_SIZE": (int, lambda v: v >= 2, "at least 2, because a group of one has no relative advantage"),
@@ -415,12 +418,12 @@ RULES = {
     "LORA_ALPHA": (float, _positive, "positive; twice the rank is usual"),
     "LR_SCHEDULE": (str, ("constant", "linear", "cosine"), None),
     "LEARNING_RATE": (float, _positive, "positive: 1e-6 for a large model, 1e-3 for a tiny one"),
-    "WARMUP_STEPS": (int, _not_negative, "0 or more steps"),
+    "STEPS": (int, _not_negative, "0 or more steps"),
     "WEIGHT_DECAY": (float, _not_negative, "0 or more"),
     "MAX_GRAD_NORM": (float, _positive, "positive; a large number such as 1e9 turns clipping off"),
     "TEMPERATURE": (float, _positive, "positive; evaluation decodes greedily by itself"),
     "TOP_P": (float, lambda v: 0 < v <= 1, "in (0, 1]; 1 is off"),
-    "ENTROPY_COEF": (float, _not_negative, "0 or more; 0 is off"),
+    "COEF": (float, _not_negative, "0 or more; 0 is off"),
     "KL_COEF": (float, _not_negative, "0 or more; 0 with --no-adaptive-kl leaves the reference out"),
     "TARGET_KL": (float, _positive, "positive, in nats per token"),
     "EVAL_EVERY": (int, _not_negative, "0 or more steps; 0 evaluates only before the first step and at the end"),
@@ -437,8 +440,8 @@ RULES = {
 }
 
 _NAMES = (
-    "POLICY_MODEL POLICY_REVISION REWARD_MODEL REWARD_REVISION PROMPTS PROMPTS_SPLIT EVAL_SPLIT PROMPT_COLUMN "
-    "ANSWER_COLUMN REWARDS EVAL_REWARD LORA_TARGETS OUTPUT_DIR"
+    "POLICY_MODEL REWARD_MODEL REVISION PROMPTS PROMPTS_SPLIT EVAL_SPLIT PROMPT_COLUMN ANSWER_COLUMN REWARDS "
+    "EVAL_REWARD LORA_TARGETS OUTPUT_DIR"
 )
 RULES |= dict.fromkeys(_NAMES.split(), (str, bool, "a text that is not empty"))
 _SWITCHES = (
@@ -449,16 +452,18 @@ RULES |= dict.fromkeys(_SWITCHES.split(), (bool, (True, False), None))
 
 
 def _rule(name, namespace):
-    if rule := namespace.get("limits", {}).get(name) or RULES.get(name):
-        return rule
-    return RULES[name.rpartition("_")[2]] if name.endswith(("_EPOCHS", "_DEVICE")) else (None, None, None)
+    rules = RULES | namespace.get("limits", {})
+    while name and name not in rules:
+        name = name.partition("_")[2]
+    return rules.get(name, (None, None, None))
 
 
 def validate(values, namespace):
     """Raises InputError for the first constant that breaks its rule. It names constant, value, rule and remedy.
 
     values: {name: value}. namespace: the script's globals(). Its `limits` are rules of the script's own constants. Its
-    `conflicts` are (function of values, message) for values that do not go together.
+    `conflicts` are (function of values, message) for values that do not go together. Its `policy_rests` is the name of
+    the constant that says in how many first steps the policy rests.
     """
     for name, value in values.items():
         kind, holds, text = _rule(name, namespace)
@@ -477,6 +482,9 @@ def validate(values, namespace):
     for breaks, message in namespace.get("conflicts", ()):
         if breaks(values):
             raise InputError(message.format_map(values))
+    if (rests := namespace.get("policy_rests")) and values[rests] >= values["MAX_STEPS"]:
+        steps = f"{rests} = {values[rests]} leaves the policy no step of MAX_STEPS = {values['MAX_STEPS']}"
+        raise InputError(f"{steps}; lower --{rests.lower().replace('_', '-')}, or raise --max-steps")
     if not values["USE_SEQUENCE_LEVEL_REWARD"] and not re.search(r"\breward_model\b", values["REWARDS"]):
         raise InputError("USE_SEQUENCE_LEVEL_REWARD = False is for a reward model; add it: --rewards reward_model")
     if values["MINI_BATCHES"] > values["BATCH_SIZE"] * values["GROUP_SIZE"]:

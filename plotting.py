@@ -32,9 +32,14 @@ def plot_metrics(rows, panels=PANELS, *, constants=None, evaluations=None, title
     given.
     """
     steps, panels = [row["step"] for row in rows], panels.split()
+    resting = [row["step"] for row in rows if row.get("updates") == 0 and row.get("value_loss") is not None]
+    if resting:
+        title = f"{title or ''} (the policy rests in steps {resting[0]} to {resting[-1]})".strip()
     figure, axes = _panels(title, panels)
     for name, axis in zip(panels, axes, strict=True):
         values = _column(rows, name)
+        if resting:
+            axis.axvspan(resting[0] - 0.5, resting[-1] + 0.5, color="0.9", zorder=0, gid="rests")
         if all(value != value for value in values):
             axis.text(0.5, 0.5, "not computed", transform=axis.transAxes, ha="center", va="center", color="0.4")
             axis.set_xlim(0, max(steps, default=1))
@@ -67,6 +72,7 @@ TITLES = {  # metric: (title of the panel, unit of the y axis); another metric h
     "clip_fraction": ("Clip fraction", "share"),
     "value_loss": ("Value loss", "loss"),
     "explained_variance": ("Explained variance of the returns", "share"),
+    "positive_loss": ("Loss of right completions", "loss"),
     "ratio_max": ("Greatest importance ratio", "ratio"),
     "rare_gradient": ("Rare tokens", "share"),
     "resampled": ("Prompts resampled", "share of the prompts sampled"),

@@ -46,9 +46,9 @@ from bookkeeping.metrics import Clock, ratio_metrics, samples_of, step_metrics, 
 from bookkeeping.run import Run
 from bookkeeping.selftest import selftest
 from engine.memory import FitToMemory, set_up_process
-from engine.packing import Packing, in_micro_batches, micro_batches
+from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
-from engine.rollouts import Rollouts, last_tokens, on_last_token
+from engine.rollouts import Rollouts, in_places, last_tokens, on_last_token
 from engine.sampling import Sampler
 from engine.steps import learning_rate_at, take_step
 from engine.vocabulary import token_logps
@@ -69,6 +69,7 @@ REWARD_REVISION = "main"  # branch, tag or commit of a Hub id
 USE_SEQUENCE_LEVEL_REWARD = True  # one reward per completion; False: REWARD_MODEL is a token classifier, one per token
 STEP_SEPARATOR = ""  # with token rewards: count only tokens at which this text ends; "" counts all
 CRITIC_MODEL = ""  # folder or Hub id: a language model's body, or body and head of a classifier; "" is the policy's
+CRITIC_REVISION = "main"  # branch, tag or commit of a Hub id
 FROZEN_DTYPE = "auto"  # of reference and reward model; "auto" is bfloat16 on a GPU and float32 elsewhere
 TRUST_REMOTE_CODE = False  # run Python code that comes with a model
 PROMPTS = "data/arithmetic/train.jsonl"  # training prompts: a JSONL, JSON or Parquet file, or a Hub id of a dataset
@@ -165,12 +166,8 @@ limits = {
     "GROUP_SIZE": (int, lambda v: v >= 1, "at least 1 completion per prompt"),
     "DUAL_CLIP": (float, lambda v: v == 0 or 1 < v < math.inf, "0 for off, or a bound above 1 such as 3"),
     "VALUE_CLIP": (float, lambda v: 0 <= v < math.inf, "0 for off, or a distance such as 0.2"),
-    "CRITIC_WARMUP_STEPS": (int, lambda v: v >= 0, "0 or more steps"),
-    "CRITIC_LEARNING_RATE": (float, lambda v: 0 < v < math.inf, "positive: 1e-5 for a large critic"),
-    "CRITIC_LR_SCHEDULE": (str, ("constant", "linear", "cosine"), None),
 }
-no_steps = "CRITIC_WARMUP_STEPS = {CRITIC_WARMUP_STEPS} leaves the policy no step of MAX_STEPS = {MAX_STEPS}; lower it"
-conflicts = [(lambda v: v["CRITIC_WARMUP_STEPS"] >= v["MAX_STEPS"], no_steps)]
+policy_rests = "CRITIC_WARMUP_STEPS"
 presets = {"gsm8k": {"GROUP_SIZE": 1, "BATCH_SIZE": 128, "CRITIC_LEARNING_RATE": 1e-5}}
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------
@@ -208,9 +205,8 @@ def whiten(values, completion_mask):
     """Values minus their mean, over sqrt(variance + 1e-8), over all tokens; the variance is the sample's (n − 1)."""
     some = values[completion_mask].double()
     variance = some.var() if len(some) > 1 else 0.0
-    return (
-        ((values.double() - some.mean()) / (variance + 1e-8) ** 0.5).masked_fill(~completion_mask, 0.0).to(values.dtype)
-    )
+    whitened = (values.double() - some.mean()) / (variance + 1e-8) ** 0.5
+    return whitened.masked_fill(~completion_mask, 0.0).to(values.dtype)
 
 
 def compute_value_loss(values, old_values, returns, completion_mask):
@@ -219,13 +215,8 @@ def compute_value_loss(values, old_values, returns, completion_mask):
     errors = (values - returns).square()
     clipped = (values.clamp(old_values - VALUE_CLIP, old_values + VALUE_CLIP) - returns).square()
     worse = (clipped > errors) & (VALUE_CLIP > 0)
-    loss = 0.5 * aggregate(torch.where(worse, clipped, errors), completion_mask)
-    return loss, {"value_clip_fraction": aggregate(worse.to(values.dtype), completion_mask)}
-
-
-def bounded_exp(log_ratio):
-    """exp, held at the square root of the dtype's largest number, 2e19 in float32: infinity times zero would be NaN."""
-    return log_ratio.clamp(max=math.log(torch.finfo(log_ratio.dtype).max) / 2).exp()
+    losses, tokens = torch.where(worse, clipped, errors), completion_mask.sum()
+    return 0.5 * losses.sum() / tokens, {"value_clip_fraction": worse.to(losses.dtype).sum() / tokens}
 
 
 def compute_policy_loss(logps, old_logps, advantages, completion_mask):
@@ -235,29 +226,25 @@ def compute_policy_loss(logps, old_logps, advantages, completion_mask):
     advantage have max(min(r A, clip(r) A), c A), which bounds the loss if the ratio explodes (arXiv 1912.09729).
     """
     ratio = compute_ratio(logps, old_logps, completion_mask)  # (B, T)
-    losses = clipped_loss(ratio, advantages.view(len(ratio), -1))
+    a = advantages.view(len(ratio), -1)  # (B, 1 or T)
+    losses = -torch.min(ratio * a, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * a)
+    if DUAL_CLIP > 0:
+        losses = torch.where(a < 0, torch.min(losses, -DUAL_CLIP * a), losses)
     return aggregate(losses, completion_mask), ratio_stats(logps, old_logps, advantages, completion_mask)
 
 
 def compute_ratio(logps, old_logps, completion_mask):
     """The importance ratio r_it of each token, (B, T), 1 where masked. Carries the gradient of logps."""
-    return bounded_exp((logps - old_logps).masked_fill(~completion_mask, 0.0))
-
-
-def clipped_loss(ratio, advantages):
-    """−min(ratio · A, clip(ratio) · A), in the shape of ratio."""
-    losses = -torch.min(ratio * advantages, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantages)
-    bounded = torch.min(losses, -DUAL_CLIP * advantages)
-    return torch.where(advantages < 0, bounded, losses) if DUAL_CLIP > 0 else losses
+    log_ratio = (logps - old_logps).masked_fill(~completion_mask, 0.0)
+    return log_ratio.clamp(max=math.log(torch.finfo(log_ratio.dtype).max) / 2).exp()  # infinity times zero is NaN
 
 
 def ratio_stats(logps, old_logps, advantages, completion_mask):
     """What is logged of the ratio of all tokens. clip_fraction: the share whose gradient the clip removes."""
     ratio = compute_ratio(logps, old_logps, completion_mask)  # (B, T)
-    advantages = advantages.view(len(ratio), -1)  # (B, 1 or T)
-    above = (advantages > 0) & (ratio > 1 + CLIP_HIGH)
-    below = (advantages < 0) & (ratio < 1 - CLIP_LOW)
-    return ratio_metrics(ratio, above | below, completion_mask)
+    a = advantages.view(len(ratio), -1)  # (B, 1 or T)
+    clipped = (a > 0) & (ratio > 1 + CLIP_HIGH) | (a < 0) & (ratio < 1 - CLIP_LOW)
+    return ratio_metrics(ratio, clipped, completion_mask)
 
 
 def token_weights(completion_mask):
@@ -279,23 +266,14 @@ def compute_kl(logps, ref_logps):
 
     As a loss, its gradient is that of the forward KL(π_ref ‖ π). Source: Schulman 2020, "Approximating KL Divergence".
     """
-    log_ratio = (ref_logps - logps).clamp(max=math.log(torch.finfo(logps.dtype).max) / 2)  # as in bounded_exp
+    log_ratio = (ref_logps - logps).clamp(max=math.log(torch.finfo(logps.dtype).max) / 2)  # as in compute_ratio
     return log_ratio.exp() - log_ratio - 1
-
-
-def compute_kl_loss(logps, old_logps, ref_logps, completion_mask):
-    """The KL term of the loss before its coefficient: k3, aggregated as the policy loss is. Scalar."""
-    logps, ref_logps = (x.masked_fill(~completion_mask, 0.0) for x in (logps, ref_logps))
-    return aggregate(compute_kl(logps, ref_logps), completion_mask)
 
 
 def next_kl_coef(kl_coef, mean_kl):
     """The KL weight for the next step: x 1.5 above 2 TARGET_KL, x 0.5 below TARGET_KL / 2, held in [0.01, 1]."""
-    if mean_kl > 2 * TARGET_KL:
-        kl_coef = kl_coef * 1.5
-    elif mean_kl < TARGET_KL / 2:
-        kl_coef = kl_coef * 0.5
-    return min(max(kl_coef, 0.01), 1.0)
+    factor = 1.5 if mean_kl > 2 * TARGET_KL else 0.5 if mean_kl < TARGET_KL / 2 else 1.0
+    return min(max(kl_coef * factor, 0.01), 1.0)
 
 
 # ---- Data and log-probs ----------------------------------------------------------------------------------------------
@@ -312,17 +290,11 @@ def completion_values(critic, rollouts, after=0):
 
     It is read at the token before, so the first one at the prompt's last token. after = 1: V of the text after each.
     """
-    device = critic.device
-    packing = Packing(critic, rollouts.lengths - 1 + after)
-    row, t = rollouts.completion_mask.nonzero(as_tuple=True)  # (tokens,) each
-    place = (packing.first[row] + rollouts.prompt_lengths[row] + t - 1 + after).to(device)
-    with autocast(device):
-        hidden = critic.base_model(**packing.inputs(rollouts.input_ids), use_cache=False).last_hidden_state[0]  # (N, H)
+    with autocast(critic.device):
+        hidden = states_before_tokens(critic, rollouts, after)  # (tokens, H)
     head = critic.score
-    values = torch.nn.functional.linear(hidden.index_select(0, place).float(), head.weight.float(), head.bias.float())
-    return torch.zeros(rollouts.completion_mask.shape, device=device).index_put(
-        (row.to(device), t.to(device)), values[:, 0]
-    )
+    values = torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())  # (tokens, 1)
+    return in_places(values[:, 0], rollouts.completion_mask)
 
 
 def completion_logps(model, rollouts, with_entropy=False):
@@ -331,18 +303,11 @@ def completion_logps(model, rollouts, with_entropy=False):
     Second: the entropy of the full distribution at each of them, (B, T), or None. The sequences go through the model
     packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time.
     """
-    device, head = model.device, model.get_output_embeddings()
-    packing = Packing(model, rollouts.lengths - 1)  # without the last token, which predicts nothing
-    row, t = rollouts.completion_mask.nonzero(as_tuple=True)  # (tokens,) each
-    column = rollouts.prompt_lengths[row] + t
-    targets, before = rollouts.input_ids[row, column].to(device), (packing.first[row] + column - 1).to(device)
-    with autocast(device):
-        hidden = model.base_model(**packing.inputs(rollouts.input_ids), use_cache=False).last_hidden_state[0]  # (N, H)
-        hidden = hidden.index_select(0, before)  # (tokens, H)
-        hidden = hidden if TEMPERATURE == 1 else hidden / TEMPERATURE
+    head, targets = model.get_output_embeddings(), rollouts.completion_tokens.to(model.device)  # (tokens,)
+    with autocast(model.device):
+        hidden = states_before_tokens(model, rollouts) / TEMPERATURE  # (tokens, H)
         values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)
-    blank, place = torch.zeros(rollouts.completion_mask.shape, device=device), (row.to(device), t.to(device))
-    logps, entropy = (blank.index_put(place, value) for value in values)
+    logps, entropy = (in_places(value, rollouts.completion_mask) for value in values)
     return logps, entropy if with_entropy else None
 
 
@@ -507,12 +472,12 @@ class PPOTrainer:
 
     def compute_value_gradient(self, batch, budget):
         """The gradient of the value loss over a batch, in micro-batches. Returns its statistics."""
-        model, divisor, stats = self.critic.model, token_weights(batch.completion_mask)[1], {}
+        model, stats = self.critic.model, {}
         self.critic.optimizer.zero_grad()
         model.train(GRADIENT_CHECKPOINTING)
         for rows in micro_batches(batch.lengths, budget):
             part = batch.select(rows)
-            values, share = completion_values(model, part), token_weights(part.completion_mask)[1] / divisor
+            values, share = completion_values(model, part), part.completion_mask.sum() / batch.completion_mask.sum()
             part = part.to(model.device)
             loss, others = compute_value_loss(values, part.values, part.returns, part.completion_mask)
             (share * loss).backward()
@@ -534,21 +499,17 @@ class PPOTrainer:
         logps_counted = torch.where(with_advantage, logps, batch.old_logps)
         stats |= ratio_stats(logps_counted, batch.old_logps, batch.advantages, mask)
         if batch.ref_logps is not None:
-            kl = compute_kl(logps, batch.ref_logps)
-            # The mean per token, whatever the loss divides by.
+            kl = compute_kl(logps, batch.ref_logps)  # logged as a mean per token, whatever the loss divides by
             stats["kl_divergence"] = aggregate(kl, mask) / aggregate(torch.ones_like(kl), mask)
         return stats
 
     def compute_gradient(self, batch, budget):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
-        Each micro-batch counts by its share of the batch's divisor, so that how it is split cannot change the gradient.
         Returns logps (B, T), without gradient, and the losses. Rows that move nothing do not go through the model, and
         have old_logps.
         """
-        _, divisor = token_weights(batch.completion_mask)
-        all_move = batch.ref_logps is not None or ENTROPY_COEF > 0  # else only completions with an advantage do
-        chosen = (batch.advantages.view(len(batch.texts), -1).any(1).cpu() | all_move).nonzero().squeeze(1)
+        chosen = self.moving(batch).nonzero().squeeze(1)
         moving, logps, stats = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True), {}
         self.optimizer.zero_grad()
         if len(chosen) == 0:  # the gradient is zero rather than absent, so that AdamW's averages go on
@@ -558,24 +519,33 @@ class PPOTrainer:
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
         for rows in micro_batches(moving.lengths, budget):
             part = moving.select(rows)
-            mask, share = part.completion_mask.to(self.policy_device), token_weights(part.completion_mask)[1] / divisor
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
-            losses = self.losses(part, part_logps, entropy, mask)
-            (share * sum(losses.values())).backward()
+            losses = self.losses(part, batch, part_logps, entropy)
+            sum(losses.values()).backward()
             logps[chosen[rows].to(self.policy_device)] = part_logps.detach()
             for name, loss in losses.items():
-                stats[name] = stats.get(name, 0.0) + share * loss.detach()
+                stats[name] = stats.get(name, 0.0) + loss.detach()
         self.policy.eval()
         return logps, stats
 
-    def losses(self, part, logps, entropy, mask):
-        """The terms of the loss over some completions, {name: scalar}, which add up to it."""
+    def moving(self, batch):
+        """Which completions move the policy, (B,) on the CPU: with an advantage, or all by another term."""
+        all_move = batch.ref_logps is not None or ENTROPY_COEF > 0
+        return batch.advantages.view(len(batch.texts), -1).any(1).cpu() | all_move
+
+    def losses(self, part, batch, logps, entropy):
+        """What a part of the batch adds to its loss, {name: scalar}.
+
+        A part counts by its share of the batch's divisor, so that how a batch is split cannot change the gradient.
+        """
+        mask = part.completion_mask.to(self.policy_device)
+        share = token_weights(part.completion_mask)[1] / token_weights(batch.completion_mask)[1]
         losses = {"policy_loss": compute_policy_loss(logps, part.old_logps, part.advantages, mask)[0]}
         if ENTROPY_COEF > 0:
             losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask)
         if part.ref_logps is not None and not KL_IN_REWARD:
-            losses["kl_loss"] = self.kl_coef * compute_kl_loss(logps, part.old_logps, part.ref_logps, mask)
-        return losses
+            losses["kl_loss"] = self.kl_coef * aggregate(compute_kl(logps, part.ref_logps), mask)
+        return {name: share * loss for name, loss in losses.items()}
 
     # -- 5. Adapt and log
 
@@ -626,14 +596,11 @@ class PPOTrainer:
 
     def state(self):
         """What a checkpoint holds beside the weights. Nothing random: that comes from generator_of alone."""
-        critic = {"critic": self.critic.trained(), "critic_optimizer": self.critic.optimizer.state_dict()}
-        return {"optimizer": self.optimizer.state_dict(), "kl_coef": self.kl_coef} | critic
+        return {"optimizer": self.optimizer.state_dict(), "kl_coef": self.kl_coef}
 
     def load_state(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
         self.kl_coef = state["kl_coef"]
-        self.critic.load_weights(state["critic"])
-        self.critic.optimizer.load_state_dict(state["critic_optimizer"])
 
 
 # ---- Run -------------------------------------------------------------------------------------------------------------

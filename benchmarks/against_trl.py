@@ -43,6 +43,7 @@ import torch
 import transformers
 from workloads import ROOT, WORKLOADS, flops, grpo, peak_flops, peak_memory, prepare, set_constants, synchronize
 
+import configs
 from scoring import rules
 
 NAMES = {"ours": "grpo.py", "trl": "TRL's GRPOTrainer"}
@@ -139,9 +140,11 @@ def timed_trainer(rows, steps, places):
             return outputs
 
         def create_scheduler(self, num_training_steps, optimizer=None):  # grpo.py's rate
+            constants = configs.snapshot(vars(grpo))
+
             def factor(update):
                 step = min(update // grpo.MINI_BATCHES + 1, steps)
-                return grpo.learning_rate_at(step, grpo) / grpo.LEARNING_RATE
+                return grpo.learning_rate_at(step, constants) / grpo.LEARNING_RATE
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             return self.lr_scheduler

@@ -13,7 +13,7 @@ class Progress:
     """The progress bar of a run. Without a terminal, as in a batch system's log, each step is a line instead."""
 
     def __init__(self, constants):
-        self.algorithm, self.steps = constants.algorithm, constants.MAX_STEPS
+        self.algorithm, self.steps, self.resting = constants.algorithm, constants.MAX_STEPS, constants.resting_steps
         hidden = not sys.stderr.isatty()
         self.bar = tqdm(total=self.steps, desc=self.algorithm, unit="step", dynamic_ncols=True, disable=hidden)
 
@@ -23,7 +23,8 @@ class Progress:
     def show(self, history):
         """Shows the latest step, and the accuracy of the latest evaluation."""
         metrics, evaluated = history[-1], next(row for row in reversed(history) if "eval_accuracy" in row)
-        numbers = (
+        numbers = "the policy rests, " if metrics["step"] <= self.resting else ""
+        numbers += (
             f"reward {metrics['reward']:.2f}, accuracy {evaluated['eval_accuracy']:.2f}, "
             f"KL {metrics['kl_divergence'] or 0:.3f}, clipped {metrics['clip_fraction'] or 0:.0%}, "
             f"{metrics['tokens_per_second']:.0f} tokens/s"

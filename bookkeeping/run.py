@@ -13,7 +13,7 @@ from bookkeeping import checkpoints, resuming, sample_page
 from bookkeeping.boards import Boards, Profiler
 from bookkeeping.folder import RunFolder, finite
 from bookkeeping.progress import Progress, print_summary, say_what_does_not_act
-from bookkeeping.saving import Saver
+from bookkeeping.saving import Saver, state_of
 from bookkeeping.signals import Stopped, StopSignals, lossy_streams
 from configs import InputError
 from inputs.libraries import quiet_libraries
@@ -38,7 +38,7 @@ class Trainer(Protocol):
     policy: torch.nn.Module  # saved, and loaded in place
     adapter: object  # peft's model around the policy, None without LoRA
     tokenizer: object  # saved beside the policy
-    beside: dict  # further models that train, {"critic": one}, with model, adapter, optimizer; saved as final-critic/
+    beside: dict  # further models that train, {"critic": a Critic}; saved in checkpoints and as final-critic/
     optimizer: torch.optim.Optimizer  # after its first step in a training step, a signal waits for the end
 
     # The results of steps
@@ -49,7 +49,7 @@ class Trainer(Protocol):
     run: object  # None before train(), because a trainer trains once
 
     def state(self) -> dict:
-        """Returns the tensors and plain values that a checkpoint holds beside the weights."""
+        """Returns the tensors and plain values that a checkpoint holds beside the models' own."""
 
     def load_state(self, state: dict) -> None:
         """Continues from such a state."""
@@ -105,6 +105,8 @@ class Run:
         self.unfinished, self.texts_before = state["pending"], state["texts_before"]
         trainer.samples = state["samples"]
         trainer.load_state(state["trainer"])
+        for name, one in trainer.beside.items():
+            one.load_state(state.get("beside", {}).get(name, {}))
         self.history += metrics
 
     def _begin(self, checkpoint, made_from):
@@ -120,7 +122,9 @@ class Run:
                 self.files.cut_logs(self.history, self.done, in_part=self.unfinished is not None)
                 self.files.write("config.json", before | {"constants": constants})
                 without = "" if checkpoint else ", because it has no checkpoint"
-                print(f"Resumed {self.folder} after step {self.done}{without}")
+                resting = min(self.done, self.constants.resting_steps)
+                rested = f"; the policy rested in steps 1 to {resting}" if resting else ""
+                print(f"Resumed {self.folder} after step {self.done}{without}{rested}")
                 steps_before = before["constants"].get("MAX_STEPS")
                 resuming.say_what_the_rate_will_do(self.constants, steps_before, self.done, self.history)
         except OSError as error:
@@ -165,7 +169,7 @@ class Run:
         """
         last = self.constants.MAX_STEPS
         self.progress = Progress(self.constants)
-        self.state, self.drawn = self.trainer.state(), time.perf_counter()
+        self.state, self.drawn = state_of(self.trainer), time.perf_counter()
         if self.unfinished is not None:
             yield self.unfinished["step"]
         elif self.done >= last:
@@ -181,7 +185,7 @@ class Run:
     def keep(self, step, metrics):
         """Marks a step as trained. From here on a stop keeps it, even if its evaluation is cut off."""
         self.in_step = self.signals.interruptible = False
-        self.done, self.unfinished, self.state = step, metrics, self.trainer.state()
+        self.done, self.unfinished, self.state = step, metrics, state_of(self.trainer)
         self.signals.raise_if_received()
         self.signals.interruptible = True
 
@@ -262,7 +266,7 @@ class Run:
 
         A thread writes it once it is copied.
         """
-        state = {"trainer": self.state, "pending": self.unfinished, "texts_before": self.texts_before}
+        state = self.state | {"pending": self.unfinished, "texts_before": self.texts_before}
         state["samples"] = self.trainer.samples if self.unfinished else []
         return self.saver.checkpoint(self.done, state, self.history)
 

@@ -9,6 +9,11 @@ from bookkeeping.policy_files import policy_weights, save_merged, save_policy
 from configs import InputError
 
 
+def state_of(trainer):
+    """Returns what a checkpoint holds of a trainer beside the policy's weights."""
+    return {"trainer": trainer.state(), "beside": {name: one.state() for name, one in trainer.beside.items()}}
+
+
 class Saver:
     """Saves the model, the tokenizer and the state of a trainer. folder: the path of its run."""
 
@@ -26,8 +31,7 @@ class Saver:
         """
         trial, trainer = self.folder / "trial", self.trainer
         try:
-            state = {"trainer": trainer.state()}
-            weights = policy_weights(trainer.policy, trainer.adapter)
+            weights, state = policy_weights(trainer.policy, trainer.adapter), state_of(trainer)
             checkpoints.write_folder(trial / "checkpoint", *self._writers_of_checkpoint(weights, 0, state, []))
             checkpoints.load(trial / "checkpoint", trainer.policy, trainer.adapter)
             for name, writers in self._finals().items():
@@ -88,13 +92,12 @@ class Saver:
 
     def _finals(self):
         """Returns {name of a folder: its writers}. A model beside the policy is always saved whole, with its head."""
-        trainer, finals = self.trainer, {}
-        merge = self.constants.MERGE_LORA and trainer.adapter is not None
-        models = {"final": (save_merged if merge else save_policy, trainer.policy, trainer.adapter)}
-        for name, one in trainer.beside.items():
-            save = save_policy if one.adapter is None else save_merged
-            models[f"final-{name}"] = (save, one.model, one.adapter)
-        for folder_name, (save, model, adapter) in models.items():
+        trainer = self.trainer
+        models = {"final": (trainer.policy, trainer.adapter, self.constants.MERGE_LORA)}
+        models |= {f"final-{name}": (one.model, one.adapter, True) for name, one in trainer.beside.items()}
+        finals = {}
+        for name, (model, adapter, merge) in models.items():
+            save = save_merged if merge and adapter is not None else save_policy
             write = functools.partial(save, model=model, adapter=adapter)
-            finals[folder_name] = write, trainer.tokenizer.save_pretrained
+            finals[name] = write, trainer.tokenizer.save_pretrained
         return finals

@@ -37,6 +37,12 @@ class TestedTrainer(Trainer, Protocol):
         rollouts: completions with old_logps, ref_logps and advantages.
         """
 
+    def compute_values(self, rollouts):
+        """Returns the critic's values, (B, T), if the trainer has a critic beside the policy."""
+
+    def update_critic(self, rollouts):
+        """Takes one optimizer step of the critic. rollouts: completions with values and returns."""
+
 
 @quiet_libraries()
 def selftest(trainer: TestedTrainer):
@@ -53,6 +59,8 @@ def selftest(trainer: TestedTrainer):
     lines += end_lines(trainer, rollouts)
     lines.append(reward_line(trainer, rollouts))
     lines += update_lines(trainer, constants, rollouts, old_logps.to(device), tolerance)
+    if "critic" in trainer.beside:
+        lines += critic_lines(trainer, constants, rollouts, tolerance)
     width = max(len(name) for name, _, _ in lines)
     for name, text, passed in lines:
         mark = "" if passed is None else "ok" if passed else "FAIL"
@@ -116,11 +124,44 @@ def update_lines(trainer, constants, rollouts, old_logps, tolerance):
     lines = [("ratio before the first update", f"{low:.6f} to {high:.6f}", abs(low - 1) < tolerance > abs(high - 1))]
     norm = stats["grad_norm"].item()
     lines.append(("norm of the gradient", f"{norm:.3g}", 0 < norm < float("inf")))
+    return [*lines, moved_line("weights that the step moved", trained, before, trainer.optimizer)]
+
+
+def critic_lines(trainer, constants, rollouts, tolerance):
+    """Returns the lines about two steps of the critic, towards a return of 1 everywhere.
+
+    The second is judged, because in the first a new head is zero and gives the body no gradient.
+    """
+    critic = trainer.beside["critic"]
+    for group in critic.optimizer.param_groups:
+        group["lr"] = constants.CRITIC_LEARNING_RATE
+    rollouts.values = trainer.compute_values(rollouts)
+    rollouts.returns = torch.ones_like(rollouts.values)
+    mask, trained = rollouts.completion_mask.to(rollouts.values.device), critic.trained()
+    trainer.update_critic(rollouts)
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    stats = trainer.update_critic(rollouts)
+    values = trainer.compute_values(rollouts)
+    alone = [trainer.compute_values(rollouts.select(torch.tensor([row])))[0] for row in range(len(rollouts.texts))]
+    apart = (torch.stack(alone) - values)[mask].abs().max().item()
+    old, new = rollouts.values[mask].mean().item(), values[mask].mean().item()
+    norm = stats["critic_grad_norm"].item()
+    towards = abs(new - 1) < abs(old - 1)
+    return [
+        ("values, batched against alone", f"most {apart:.1e}", apart < 10 * tolerance),
+        ("critic: norm of the gradient", f"{norm:.3g}", 0 < norm < float("inf")),
+        ("critic: mean value, two steps towards 1", f"{old:.3g} before, {new:.3g} after", towards),
+        moved_line("critic: weights that a step moved", trained, before, critic.optimizer),
+    ]
+
+
+def moved_line(title, trained, before, optimizer):
+    """Returns the line about the weights that a step moved, of those with a gradient."""
     asked, moved, still = 0, 0, []
     for name, parameter in trained.items():
         old = before[name]
         gradient = torch.zeros_like(old) if parameter.grad is None else parameter.grad
-        counted = gradient.abs() > trainer.optimizer.defaults["eps"]  # a smaller one should hardly move its weight
+        counted = gradient.abs() > optimizer.defaults["eps"]  # a smaller one should hardly move its weight
         changed = (parameter.detach() != old) & counted
         asked, moved = asked + int(counted.sum()), moved + int(changed.sum())
         # LoRA's A has no gradient at first, because B is still zero.
@@ -128,4 +169,4 @@ def update_lines(trainer, constants, rollouts, old_logps, tolerance):
             still.append(name)
     text = f"{moved / max(1, asked):.0%} of those with a gradient; "
     text += f"{len(still)} of {len(trained)} tensors did not move" + (f", such as {still[0]}" if still else "")
-    return [*lines, ("weights that the step moved", text, moved > MOVED * asked and not still)]
+    return title, text, moved > MOVED * asked and not still

@@ -54,6 +54,18 @@ class Packing:
         }
 
 
+def states_before_tokens(model, rollouts, after=0):
+    """Returns the last hidden states at the token before each completion token, which predict it: (tokens, H).
+
+    The tokens are in the order of completion_mask. after = 1: the states at the completion tokens themselves.
+    """
+    packing = Packing(model, rollouts.lengths - 1 + after)  # without the last token, which predicts nothing
+    row, t = rollouts.completion_mask.nonzero(as_tuple=True)  # (tokens,) each
+    place = packing.first[row] + rollouts.prompt_lengths[row] + t - 1 + after
+    states = model.base_model(**packing.inputs(rollouts.input_ids), use_cache=False).last_hidden_state[0]  # (N, H)
+    return states.index_select(0, place.to(model.device))
+
+
 def micro_batches(lengths, token_budget):
     """Yields the row numbers of batches of at most token_budget tokens. lengths: (B,), on the CPU.
 

@@ -25,10 +25,17 @@ class Rollouts:
     old_logps: torch.Tensor = None  # (B, T) log π_old
     ref_logps: torch.Tensor = None  # (B, T) log π_ref, None without a KL term
     advantages: torch.Tensor = None  # (B,), or (B, T)
+    correct: torch.Tensor = None  # (B,) True if EVAL_REWARD calls it right, on the CPU; None if nothing asks for it
 
     @property
     def lengths(self):
         return self.prompt_lengths + self.completion_lengths
+
+    @property
+    def completion_tokens(self):
+        """The ids of all completions' tokens, one after the other, (tokens,)."""
+        row, t = self.completion_mask.nonzero(as_tuple=True)
+        return self.input_ids[row, self.prompt_lengths[row] + t]
 
     def select(self, rows):
         """Returns the completions with these numbers, in this order. rows: (n,), on the CPU."""
@@ -63,6 +70,12 @@ class Rollouts:
         rollouts = cls.__new__(cls)
         vars(rollouts).update(attributes)
         return rollouts
+
+
+def in_places(values, completion_mask):
+    """Turns one number per completion token, (tokens,), into (B, T), with 0 where masked. It has their gradient."""
+    blank = torch.zeros(completion_mask.shape, device=values.device)
+    return blank.masked_scatter(completion_mask.to(values.device), values)
 
 
 def last_tokens(completion_mask):

@@ -8,12 +8,15 @@ import torch
 def learning_rate_at(step, c, prefix=""):
     """Returns the learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE.
 
-    c: the script's constants. prefix: before the names LEARNING_RATE and LR_SCHEDULE, such as "CRITIC_".
+    The policy's is 0 in the steps in which it rests, and its warm-up begins after them. c: the script's constants.
+    prefix: "CRITIC_" for CRITIC_LEARNING_RATE and CRITIC_LR_SCHEDULE.
     """
     peak, schedule = getattr(c, prefix + "LEARNING_RATE"), getattr(c, prefix + "LR_SCHEDULE")
+    resting = 0 if prefix else c.resting_steps
+    step, last = max(0, step - resting), c.MAX_STEPS - resting
     if step <= c.WARMUP_STEPS:
-        return peak * step / c.WARMUP_STEPS
-    progress = (step - c.WARMUP_STEPS - 1) / max(1, c.MAX_STEPS - c.WARMUP_STEPS)
+        return peak * step / max(1, c.WARMUP_STEPS)
+    progress = (step - c.WARMUP_STEPS - 1) / max(1, last - c.WARMUP_STEPS)
     factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
     return peak * factor[schedule]
 

@@ -25,14 +25,19 @@ class Critic:
         """Returns {name: parameter} of what trains: all weights, or the adapters and the head."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
+    def state(self):
+        """Returns what a checkpoint holds of it, {"weights": ..., "optimizer": ...}."""
+        return {"weights": self.trained(), "optimizer": self.optimizer.state_dict()}
+
     @torch.no_grad()
-    def load_weights(self, saved):
-        """Puts the weights of a checkpoint in place, {name: tensor}. Raises InputError unless all fit."""
-        mine = self.trained()
+    def load_state(self, state):
+        """Continues from such a state. Raises InputError unless all weights fit."""
+        saved, mine = state.get("weights", {}), self.trained()
         if wrong := sorted(saved.keys() ^ mine.keys()) or [k for k in mine if saved[k].shape != mine[k].shape]:
             raise InputError(f"the checkpoint's critic does not fit: {wrong[:3]}; give the run's own --critic-model")
         for name, parameter in mine.items():
             parameter.copy_(saved[name])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 @quiet_libraries()
@@ -43,7 +48,7 @@ def load_critic(c, device, policy_tokenizer):
     it has another vocabulary than the policy, whose ids it reads, or more than one logit.
     """
     name, constant = (c.CRITIC_MODEL, "CRITIC_MODEL") if c.CRITIC_MODEL else (c.POLICY_MODEL, "POLICY_MODEL")
-    options = {"revision": c.POLICY_REVISION if name == c.POLICY_MODEL else "main", "trust": c.TRUST_REMOTE_CODE}
+    options = {"revision": c.CRITIC_REVISION if c.CRITIC_MODEL else c.POLICY_REVISION, "trust": c.TRUST_REMOTE_CODE}
     try:
         place, read = find_model(name, constant), {"trust_remote_code": options["trust"]}
         config = transformers.AutoConfig.from_pretrained(place, revision=options["revision"], **read)

@@ -78,6 +78,8 @@ def shrink(script, tmp_path):
         EVAL_PROMPTS=f"{FEW.name}/test.jsonl",
         OUTPUT_DIR=str(tmp_path / "outputs"),
     )
+    if hasattr(script, "VALUE_PRETRAIN_STEPS"):  # the default is more than the steps here
+        script.VALUE_PRETRAIN_STEPS = 0
     return script
 
 

@@ -1,8 +1,8 @@
 """Holds the shared parts of the scripts identical: `make sync` copies them, and tests/test_siblings.py checks them.
 
-The docstring, Constants and Algorithm are each script's own. The imports and all other sections are gspo.py's, except
-for the algorithm's name, and except for the functions in EXEMPTIONS, where "imports" stands for all imports. Each
-exemption has the reason why the algorithm needs its own.
+The docstring, Constants and Algorithm are each script's own. The imports and all other sections are those of gspo.py,
+or of the script that PARENTS names, except for the algorithm's name, and except for the functions in EXEMPTIONS, where
+"imports" stands for all imports. Each exemption has the reason why the algorithm needs its own.
 """
 
 import ast
@@ -17,8 +17,10 @@ ROOT = configs.HERE
 SIBLINGS = tuple(path.stem for path in configs.scripts()[1:])
 OWN = ("docstring", "Constants", "Algorithm")
 
-# {script: {function, class or method: why it differs from gspo.py's}}. The name of a class means its opening lines, up
-# to its first method. A function that gspo.py does not have stays behind the one that it follows.
+PARENTS = {"vapo": "ppo"}  # {script: whose shared sections it has}, where this is not gspo.py
+
+# {script: {function, class or method: why it differs from its parent's}}. The name of a class means its opening lines,
+# up to its first method. A function that the parent does not have stays behind the one that it follows.
 EXEMPTIONS = {
     "ppo": {
         "imports": "loads a critic and logs its metrics",
@@ -32,11 +34,16 @@ EXEMPTIONS = {
         "PPOTrainer.compute_value_gradient": "the critic has a loss and an optimizer of its own",
         "PPOTrainer.losses": "the KL is a part of the rewards, or of the loss if KL_IN_REWARD is off",
         "PPOTrainer.metrics_of_step": "adds the metrics of the critic and its values",
-        "PPOTrainer.state": "a checkpoint holds the critic and its optimizer, too",
-        "PPOTrainer.load_state": "puts back the critic and its optimizer, too",
     },
     "cispo": {
         "CISPOTrainer.score": "the overlong penalty comes on top of the rewards",
+    },
+    "vapo": {
+        "VAPOTrainer.score": "says which completions are right, for the positive loss",
+        "VAPOTrainer.compute_advantages": "value pre-training needs Monte-Carlo returns, too",
+        "VAPOTrainer.update_policy": "the first steps are value pre-training, on Monte-Carlo returns",
+        "VAPOTrainer.moving": "the positive loss moves completions without an advantage, too",
+        "VAPOTrainer.losses": "adds the positive loss, and a KL is in the rewards alone",
     },
     "dapo": {
         "DAPOTrainer": "dynamic sampling has a state: surplus groups, and how many rounds there were",
@@ -94,14 +101,24 @@ def blocks(section):
     return {name: "".join(lines[a - 1 : b - 1]) for (name, a), b in zip(starts.items(), ends, strict=True)}
 
 
+def parent_of(name):
+    """Returns the name of the script whose shared sections script `name` has."""
+    return PARENTS.get(name, "gspo")
+
+
 def renamed(name):
-    """Returns gspo.py's sections under another script's name."""
-    parts = sections((ROOT / "gspo.py").read_text(encoding="utf-8"))
-    return {title: text.replace("gspo", name).replace("GSPO", name.upper()) for title, text in parts.items()}
+    """Returns the sections of a script's parent under the script's name."""
+    parent = parent_of(name)
+    word = re.compile(rf"\b{parent}(?![a-z])|{parent.upper()}(?=Trainer|_|\b)")
+    parts = sections((ROOT / f"{parent}.py").read_text(encoding="utf-8"))
+    return {
+        title: word.sub(lambda found: name if found[0].islower() else name.upper(), text)
+        for title, text in parts.items()
+    }
 
 
 def synced(name, text):
-    """Returns script `name` with its own parts as in text, and with all other parts as in gspo.py."""
+    """Returns script `name` with its own parts as in text, and with all other parts as in its parent."""
     own, result = sections(text), []
     for title, section in renamed(name).items():
         exempt = EXEMPTIONS.get(name, {})
@@ -111,7 +128,7 @@ def synced(name, text):
         here, shared = blocks(own[title]), blocks(section)
         merged = {block: here[block] if block in exempt else lines for block, lines in shared.items()}
         before = ""
-        for block in here:  # functions that gspo.py does not have, and the ends of those that it has
+        for block in here:  # functions that the parent does not have, and the ends of those that it has
             if block not in shared and block.removeprefix("after ") in exempt:
                 order = list(merged)
                 place = order.index(before) + 1
@@ -134,7 +151,7 @@ def main():
         path = ROOT / f"{name}.py"
         text = path.read_text(encoding="utf-8")
         new = synced(name, text)
-        print(f"{path.name}: {'unchanged' if new == text else 'synced from gspo.py'}")
+        print(f"{path.name}: {'unchanged' if new == text else f'synced from {parent_of(name)}.py'}")
         path.write_text(new, encoding="utf-8")
 
 

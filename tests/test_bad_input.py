@@ -25,6 +25,7 @@ import dapo
 import grpo
 import gspo
 import ppo
+import vapo
 from inputs.prompts import load_prompts
 
 QUIET = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)  # Python does not print them
@@ -324,6 +325,14 @@ FLAGS = [
         ["--critic-warmup-steps", 3, "--max-steps", 3],
         "CRITIC_WARMUP_STEPS = 3 leaves the policy no step",
     ),
+    row(
+        "value pre-training beyond the last step",
+        vapo,
+        ["--value-pretrain-steps", 90],
+        "VALUE_PRETRAIN_STEPS = 90 leaves the policy no step of MAX_STEPS",
+        "--value-pretrain-steps",
+    ),
+    row("a length that makes each λ zero", vapo, ["--alpha", 0.01], "ALPHA = 0.01 makes λ zero", "--alpha"),
     row("a discount above one", ppo, ["--gamma", 1.5], "GAMMA = 1.5", "in [0, 1]", "--gamma"),
     row(
         "a device of the critic that does not exist",

@@ -11,6 +11,7 @@ import torch
 
 import cispo
 import ppo
+import vapo
 
 GOLDEN = [json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").glob("ppo-*.json"))]
 over_golden = pytest.mark.parametrize("golden", GOLDEN, ids=["ppo-11", "ppo-12"])
@@ -110,6 +111,65 @@ def test_the_policy_loss_and_its_gradient_equal_the_peers(golden):
         close(stats["clip_fraction"], case["clip_fraction"])
         compared += 1
     assert compared == 5
+
+
+@over_golden
+def test_the_policy_loss_by_sequences_equals_the_peers(golden):
+    logps, old_logps, advantages, mask = inputs(golden, "logps", "old_logps", "token_advantages")
+    compared = 0
+    for case in golden["policy_loss"].values():
+        if not isinstance(case, dict):
+            continue
+        vapo.CLIP_LOW, vapo.CLIP_HIGH, vapo.DUAL_CLIP = case["clip_low"], case["clip_high"], case["dual_clip"]
+        vapo.LOSS_AGGREGATION = {"token-mean": "token_mean", "seq-mean-token-mean": "sequence_mean"}[case["aggregate"]]
+        loss, grad, _ = loss_and_gradient(vapo.compute_policy_loss, logps, old_logps, advantages, mask)
+        close(loss, case["loss"])
+        close(grad, case["grad"])
+        compared += 1
+    assert compared == 7
+
+
+def set_lambdas(case):
+    vapo.ALPHA, vapo.LAMBDA_CRITIC = case["alpha"], case["lam_value"]
+    vapo.LAMBDA = vapo.LAMBDA if case["lam_policy"] is None else case["lam_policy"]
+
+
+@over_golden
+def test_vapos_lambda_advantages_and_returns_equal_nemo_rl(golden):
+    block = golden["vapo"]
+    rewards, values, mask = inputs(block, "rewards", "values")
+    assert len(block["gae"]) == 4
+    for case in block["gae"].values():
+        set_lambdas(case)
+        if case["alpha"]:
+            close(vapo.length_adaptive_lambda(mask.sum(1)), case["lambdas"])
+        token_rewards = vapo.compute_token_rewards(rewards, values, None, mask)
+        advantages, returns = vapo.compute_gae(token_rewards, values, mask)
+        close(advantages, case["advantages"])
+        close(returns, case["returns"])
+        close(vapo.whiten(advantages, mask), case["whitened"])
+
+
+@over_golden
+def test_vapos_loss_with_right_completions_equals_nemo_rl(golden):
+    block = golden["vapo"]
+    rewards, values, old_logps, logps, mask = inputs(block, "rewards", "values", "old_logps", "logps")
+    correct = rewards > 0
+    assert len(block["loss"]) == 3
+    for case in block["loss"].values():
+        set_lambdas(block["gae"][case["advantages"]])
+        vapo.CLIP_LOW, vapo.CLIP_HIGH, vapo.DUAL_CLIP = case["clip_low"], case["clip_high"], case["dual_clip"]
+        token_rewards = vapo.compute_token_rewards(rewards, values, None, mask)
+        advantages, _ = vapo.compute_gae(token_rewards, values, mask)
+        close(vapo.compute_positive_loss(logps, correct, mask), case["nll"])
+
+        def loss_of(logps, *rest, weight=case["nll_weight"]):
+            loss, stats = vapo.compute_policy_loss(logps, *rest)
+            return loss + weight * vapo.compute_positive_loss(logps, correct, mask), stats
+
+        loss, grad, _ = loss_and_gradient(loss_of, logps, old_logps, advantages, mask)
+        close(loss, case["loss"])
+        close(grad, case["grad"])
 
 
 @over_golden

@@ -129,6 +129,7 @@ def set_up(script, model, files, **constants):
         WARMUP_STEPS=0,
         MAX_COMPLETION_TOKENS=12,
         KL_COEF=0.04,
+        VALUE_PRETRAIN_STEPS=0,  # of vapo.py
         SAVE_EVERY=1,
         OUTPUT_DIR=str(files / "outputs"),
     )

@@ -287,7 +287,8 @@ def test_the_selftest_passes_on_the_embedded_task_and_leaves_nothing(small_scrip
     small_script.main(["--selftest"])
     lines = lines_of(capsys)
     marks = [mark for mark, _ in lines.values()]
-    assert marks == [""] * 2 + ["ok"] * 8  # prompt and completion are for the reader to judge
+    of_critic = 4 * hasattr(small_script, "completion_values")
+    assert marks == [""] * 2 + ["ok"] * (8 + of_critic)  # prompt and completion are for the reader to judge
     assert not (tmp_path / "outputs").exists()
 
 

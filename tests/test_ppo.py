@@ -181,10 +181,58 @@ def test_a_reward_models_body_and_head_are_a_critic_at_once(tmp_path):
 def test_a_checkpoint_of_another_critic_is_one_line(tmp_path):
     shrink(ppo, tmp_path)
     trainer = ppo.PPOTrainer()
-    state = trainer.state()
-    state["critic"] = {name: value[:1] for name, value in state["critic"].items()}
-    with pytest.raises(configs.InputError, match="the checkpoint's critic does not fit"):
-        trainer.load_state(state)
+    state = trainer.critic.state()
+    for weights in ({name: value[:1] for name, value in state["weights"].items()}, {}):
+        with pytest.raises(configs.InputError, match="the checkpoint's critic does not fit"):
+            trainer.critic.load_state(state | {"weights": weights})
+
+
+def value_gradient(tmp_path, **constants):
+    """Returns a value loss's gradient for each weight of a critic, the critic's model, and how often its body ran."""
+    shrink(ppo, tmp_path)
+    ppo.CRITIC_MODEL = ppo.REWARD_MODEL  # its head is not zero, so that the body has a gradient
+    vars(ppo).update(constants)
+    trainer = ppo.PPOTrainer()
+    rollouts = trainer.sample(trainer.train_rows[:4], 2, ("test",), greedy=True)
+    rollouts.values = trainer.compute_values(rollouts)
+    rollouts.returns = torch.ones_like(rollouts.values)
+    passes = []  # through the first MLP
+    trainer.critic.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    trainer.compute_value_gradient(rollouts, 10**6)
+    gradients = {name: p.grad.float().flatten() for name, p in trainer.critic.trained().items()}
+    return gradients, trainer.critic.model, len(passes)
+
+
+def test_the_critic_computes_activations_again_if_asked(tmp_path):
+    plain, _, once = value_gradient(tmp_path)
+    checkpointed, _, twice = value_gradient(tmp_path, GRADIENT_CHECKPOINTING=True)
+    assert (once, twice) == (1, 2)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient)
+
+
+def test_the_critic_has_the_policys_dtype(tmp_path):
+    plain, _, _ = value_gradient(tmp_path)
+    coarse, model, _ = value_gradient(tmp_path, POLICY_DTYPE="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    whole = [torch.cat(list(gradients.values())) for gradients in (plain, coarse)]
+    assert torch.cosine_similarity(*whole, dim=0) > 0.99
+
+
+def test_the_selftest_shows_a_critic_that_does_not_learn_or_mixes_completions(tmp_path, capsys, monkeypatch):
+    def failed():
+        with pytest.raises(SystemExit):
+            ppo.selftest(ppo.PPOTrainer())
+        return [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+
+    shrink(ppo, tmp_path)
+    ppo.CRITIC_LEARNING_RATE = 1e-30
+    assert failed() == ["critic: mean value, two steps towards 1", "critic: weights that a step moved"]
+    ppo.CRITIC_LEARNING_RATE, completion_values = 1e-3, ppo.completion_values
+    monkeypatch.setattr(
+        ppo, "completion_values", lambda model, part, **k: completion_values(model, part, **k) + 0.1 * len(part.texts)
+    )
+    assert failed() == ["values, batched against alone"]
 
 
 def test_a_critic_that_steps_in_a_thread_does_not_step_after_a_signal_has_left_the_run():

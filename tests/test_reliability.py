@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import pty
@@ -902,11 +903,15 @@ def test_if_memory_runs_out_smaller_parts_give_the_same_result(tmp_path, monkeyp
 
         with monkeypatch.context() as patch:
             patch.setattr(script, "completion_logps", in_memory)
+            if hasattr(script, "completion_values"):
+                values = functools.partial(in_memory, completion_logps=script.completion_values)
+                patch.setattr(script, "completion_values", values)
             patch.setattr(sampling.Sampler, "sample_together", in_memory_too)
             results.append(trainer.train_step(1))
     plenty, little = results
     assert plenty["memory_halvings"] == 0 and little["memory_halvings"] >= 3
-    for name in ("reward", "completion_tokens", "policy_loss", "grad_norm", "avg_response_length", "clip_fraction"):
+    names = ["reward", "completion_tokens", "policy_loss", "grad_norm", "avg_response_length", "clip_fraction"]
+    for name in names + ["value_loss", "critic_grad_norm"] * hasattr(script, "completion_values"):
         assert little[name] == pytest.approx(plenty[name], rel=1e-3, abs=1e-6), name
 
 

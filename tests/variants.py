@@ -8,6 +8,7 @@ import dapo
 import grpo
 import gspo
 import ppo
+import vapo
 
 VARIANTS = [
     *[(gspo, {"RATIO_LEVEL": level}) for level in ("sequence", "sequence_token", "token")],
@@ -17,6 +18,7 @@ VARIANTS = [
     *[(dapo, {"LOSS_AGGREGATION": how}) for how in ("token_mean", "sequence_mean")],
     *[(cispo, {"LOSS_AGGREGATION": how}) for how in ("token_mean", "sequence_mean")],
     *[(ppo, {"DUAL_CLIP": clip}) for clip in (0.0, 1.5)],
+    *[(vapo, {"LOSS_AGGREGATION": how}) for how in ("token_mean", "sequence_mean")],
 ]
 
 
