@@ -1,6 +1,6 @@
 """The scripts against each other on the embedded task: held-out accuracy after equal numbers of sampled completions.
 
-    python benchmarks/compare.py                          gspo.py, grpo.py and dapo.py, seeds 0 to 4 of each, in turn
+    python benchmarks/compare.py                          all scripts, seeds 0 to 4 of each, in turn
     python benchmarks/compare.py --seeds 0 1 --flags "--rewards exact_match"
     python benchmarks/compare.py --runs FOLDER            keep the runs there, and do not repeat those already there
 
@@ -24,9 +24,11 @@ from matplotlib.figure import Figure
 from seeds import ROOT, run
 
 sys.path.insert(0, str(ROOT))
-from plotting import BLUE, GREEN, VERMILION
+import configs
+from plotting import RUN_COLOURS
 
-COLOURS = {"gspo.py": BLUE, "grpo.py": VERMILION, "dapo.py": GREEN}
+SCRIPTS = [path.name for path in configs.scripts()]
+COLOURS = dict(zip(SCRIPTS, RUN_COLOURS, strict=False))
 BUDGETS = (2560, 5120, 10240)  # completions
 KINDS = {"eval_accuracy": "sampled", "eval_accuracy_greedy": "greedy"}
 EVERY = 5  # steps between evaluations
@@ -124,7 +126,7 @@ def draw(curves, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scripts", nargs="+", default=["gspo.py", "grpo.py", "dapo.py"])
+    parser.add_argument("--scripts", nargs="+", default=SCRIPTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of the scripts, in one string")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "comparison.png")

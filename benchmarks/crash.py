@@ -18,7 +18,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("gspo", "grpo", "dapo")
+sys.path.insert(0, str(ROOT))
+import configs
+
+SCRIPTS = [path.stem for path in configs.scripts()]
 FLAGS = "--preset smoke --max-steps 8 --save-every 1 --eval-every 3 --keep-checkpoints 2".split()
 
 
@@ -37,7 +40,8 @@ def left_by(folder):
         {key: value for key, value in row.items() if key != "tokens_per_second" and not key.startswith("seconds_")}
         for row in rows
     ]
-    return timeless, (run / "samples.jsonl").read_bytes(), (run / "final" / "model.safetensors").read_bytes()
+    weights = [path.read_bytes() for path in sorted(run.glob("final*/model.safetensors"))]  # of a critic, too
+    return timeless, (run / "samples.jsonl").read_bytes(), weights
 
 
 def steps_done(folder):
@@ -70,12 +74,12 @@ def measure(script, kills, folder, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50, help="over all three scripts")
+    parser.add_argument("--kills", type=int, default=50, help="over all scripts")
     arguments = parser.parse_args()
     print("| script | kills | steps done at a kill: how often | runs that ended | as the uninterrupted one |")
     print("|---|---|---|---|---|")
     for number, script in enumerate(SCRIPTS):
-        kills = arguments.kills // 3 + (number < arguments.kills % 3)
+        kills = arguments.kills // len(SCRIPTS) + (number < arguments.kills % len(SCRIPTS))
         with tempfile.TemporaryDirectory() as folder:
             at, identical = measure(script, kills, Path(folder), seed=number)
         steps = ", ".join(f"{step}: {at.count(step)}" for step in sorted(set(at)))
