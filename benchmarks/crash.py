@@ -17,10 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import configs
 
+ROOT = configs.HERE
 SCRIPTS = [path.stem for path in configs.scripts()]
 FLAGS = "--preset smoke --max-steps 8 --save-every 1 --eval-every 3 --keep-checkpoints 2".split()
 
