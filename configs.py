@@ -336,11 +336,11 @@ def apply_overrides(namespace, argv=None, resume=None):
         namespace["__preset__"] = namespace["PRESET"]  # the run's constants include the preset's
         return validate(constant_values(namespace), namespace)
     preset = given.get("PRESET", namespace.get("PRESET", ""))
-    if preset not in ("", *PRESETS):
-        have = ", ".join(sorted(PRESETS))
+    own = namespace.get("presets", {})
+    if preset not in ("", *PRESETS, *own):
+        have = ", ".join(sorted({*PRESETS, *own}))
         raise InputError(f'--preset {preset}: there is no such preset; choose one of {have}, or "" for none')
-    own = namespace.get("presets", {}).get(preset, {})
-    for name, value in (PRESETS.get(preset, {}) | own).items():
+    for name, value in (PRESETS.get(preset, {}) | own.get(preset, {})).items():
         if name not in given and name in constants and namespace[name] != value:
             print(f"preset {preset}: {name} = {value!r}  (was {namespace[name]!r})")
             namespace[name] = value

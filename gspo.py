@@ -153,7 +153,11 @@ conflicts = [
         "RATIO_LEVEL = {RATIO_LEVEL!r} needs a reward per completion; give --ratio-level sequence_token",
     )
 ]
-presets = {"gsm8k": {"CLIP_LOW": 3e-4, "CLIP_HIGH": 4e-4, "KL_COEF": 0.0, "ADAPTIVE_KL": False}}
+tutorial = {"GROUP_SIZE": 4, "GSPO_EPOCHS": 4, "MINI_BATCHES": 1, "ADVANTAGE_TYPE": "normalized", "LEARNING_RATE": 1e-5}
+tutorial |= {"LENGTH_NORMALIZED_RATIO": False, "CLIP_LOW": 0.2, "CLIP_HIGH": 0.2, "ENTROPY_COEF": 0.01}
+tutorial |= {"KL_COEF": 0.2, "TARGET_KL": 0.01, "ADAPTIVE_KL": True}
+gsm8k = {"CLIP_LOW": 3e-4, "CLIP_HIGH": 4e-4, "KL_COEF": 0.0, "ADAPTIVE_KL": False}
+presets = {"gsm8k": gsm8k, "tutorial": tutorial}  # "tutorial": as docs/gspo.md says of them
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------
 # Pure functions of tensors, in whatever floating dtype they are given. B completions (= prompts x G, the groups

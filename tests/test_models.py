@@ -556,9 +556,12 @@ def test_a_link_to_a_script_has_the_scripts_preset(tmp_path):
     assert namespace["CLIP_LOW"] == 3e-4
 
 
-@pytest.mark.parametrize("preset", configs.PRESETS)
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    ("script", "preset"),
+    [(script, preset) for script in SCRIPTS for preset in sorted({*configs.PRESETS, *script.presets})],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_every_preset_holds_constants_of_the_scripts_that_keep_the_rules(script, preset):
     own = script.presets.get(preset, {})
-    assert {*configs.PRESETS[preset], *own} <= {*configs.constant_values(vars(script))}
+    assert {*configs.PRESETS.get(preset, {}), *own} <= {*configs.constant_values(vars(script))}
     configs.apply_overrides(vars(script), ["--preset", preset])
