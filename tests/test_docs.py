@@ -191,7 +191,7 @@ def test_the_walkthrough_runs_and_prints_what_it_shows():
     for old, new in zip(stored.cells, fresh.cells, strict=True):
         if new.cell_type == "code" and "varies" not in new.metadata.get("tags", []):
             assert printed(new) == printed(old), new.source
-    assert sum("image/png" in output.get("data", {}) for cell in fresh.cells for output in cell.get("outputs", [])) == 5
+    assert sum("image/png" in output.get("data", {}) for cell in fresh.cells for output in cell.get("outputs", [])) == 7
 
 
 def printed(cell):
