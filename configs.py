@@ -162,13 +162,13 @@ class Constants:
     """The constants of a script as they were at one moment, read-only: constants.MAX_STEPS.
 
     algorithm: the script's name without .py. path: the script. text: the text of the script at that moment. may_change:
-    names of the script's own constants that may change when a run is resumed. resting_steps: in how many first steps
-    the policy rests, while a critic learns.
+    names of the script's own constants that may change when a run is resumed. policy_rests: the name of the constant
+    that says in how many first steps the policy rests, while a critic learns, or None. resting_steps: its value, or 0.
     """
 
     def __init__(self, values, path, text, may_change=(), policy_rests=None):
         resting = values[policy_rests] if policy_rests else 0
-        extras = {"may_change": may_change, "resting_steps": resting}
+        extras = {"may_change": may_change, "policy_rests": policy_rests, "resting_steps": resting}
         vars(self).update(values, algorithm=path.stem, path=path, text=text, **extras)
 
     def __setattr__(self, name, _):

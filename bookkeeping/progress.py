@@ -56,10 +56,11 @@ def say_what_does_not_act(step, history, constants, files):
     if len(explained) < IDLE_STEPS or any(share is None or share >= 0 for share in explained):
         files.well_again("critic")
     else:
+        flag = "--" + constants.policy_rests.lower().replace("_", "-")
         files.complain(
             "critic",
             f"in {IDLE_STEPS} steps the critic's explained variance was below 0, so its values are worse than their "
-            "mean; lower --critic-learning-rate, or raise --critic-warmup-steps",
+            f"mean; lower --critic-learning-rate, or raise {flag}",
         )
     if latest != [1] * IDLE_STEPS and step == IDLE_STEPS and (ratios := idle_clip(history)):
         tqdm.write(

@@ -263,6 +263,7 @@ def test_a_critic_that_explains_nothing_is_said_once(tmp_path, capsys):
         say_what_does_not_act(step, rows[: step + 1], run.constants, run.run.files)
     (line,) = capsys.readouterr().out.splitlines()
     assert "the critic's explained variance was below 0" in line and "--critic-learning-rate" in line
+    assert "--critic-warmup-steps" in line
 
 
 def test_a_run_logs_the_critic_and_config_names_its_device(tmp_path):
