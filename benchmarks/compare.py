@@ -102,14 +102,13 @@ def print_tables(curves):
 def draw(curves, path):
     figure = Figure(figsize=(12, 9), layout="constrained")
     panels = figure.subplots(2, 2)
-    most = min(curve.completions[-1] for runs in curves.values() for curve in runs)
-    longest = min(curve.seconds[-1] for runs in curves.values() for curve in runs)
     for row, kind in enumerate(KINDS):
-        for column, (name, end, label) in enumerate(
-            (("completions", most, "completions sampled"), ("seconds", longest, "seconds of training steps"))
+        for column, (name, label) in enumerate(
+            (("completions", "completions sampled"), ("seconds", "seconds of training steps"))
         ):
-            axis, grid = panels[row][column], np.linspace(0, end, 200)
+            axis = panels[row][column]
             for script, runs in curves.items():
+                grid = np.linspace(0, min(getattr(curve, name)[-1] for curve in runs), 200)
                 values = np.array([np.interp(grid, getattr(curve, name), curve.accuracy[kind]) for curve in runs])
                 axis.plot(grid, values.mean(0), color=COLOURS.get(script), label=f"{script}, mean of {len(runs)} seeds")
                 axis.fill_between(
