@@ -303,7 +303,7 @@ def completion_logps(model, rollouts, with_entropy=False):
     Second: the entropy of the full distribution at each of them, (B, T), or None. The sequences go through the model
     packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time.
     """
-    head, targets = model.get_output_embeddings(), rollouts.completion_tokens.to(model.device)  # (tokens,)
+    head, targets = model.get_output_embeddings(), rollouts.completion_ids.to(model.device)  # (tokens,)
     with autocast(model.device):
         hidden = states_before_tokens(model, rollouts) / TEMPERATURE  # (tokens, H)
         values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)

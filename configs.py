@@ -385,7 +385,7 @@ def _is_json_object(text):
 
 
 # name: (type, condition or allowed values, the rule and its remedy in words). A name that is not here has the rule of
-# its last words: EPOCHS is that of GRPO_EPOCHS, and LEARNING_RATE that of CRITIC_LEARNING_RATE.
+# its last words: GRPO_EPOCHS has that of EPOCHS, and CRITIC_LEARNING_RATE that of LEARNING_RATE.
 RULES = {
     "DEVICE": (str, bool, 'a device such as "cpu" or "cuda:0"'),
     "GROUP_SIZE": (int, lambda v: v >= 2, "at least 2, because a group of one has no relative advantage"),

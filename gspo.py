@@ -157,7 +157,7 @@ tutorial = {"GROUP_SIZE": 4, "GSPO_EPOCHS": 4, "MINI_BATCHES": 1, "ADVANTAGE_TYP
 tutorial |= {"LENGTH_NORMALIZED_RATIO": False, "CLIP_LOW": 0.2, "CLIP_HIGH": 0.2, "ENTROPY_COEF": 0.01}
 tutorial |= {"KL_COEF": 0.2, "TARGET_KL": 0.01, "ADAPTIVE_KL": True}
 gsm8k = {"CLIP_LOW": 3e-4, "CLIP_HIGH": 4e-4, "KL_COEF": 0.0, "ADAPTIVE_KL": False}
-presets = {"gsm8k": gsm8k, "tutorial": tutorial}  # "tutorial": as docs/gspo.md says of them
+presets = {"gsm8k": gsm8k, "tutorial": tutorial}  # docs/gspo.md says where the values of "tutorial" come from
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------
 # Pure functions of tensors, in whatever floating dtype they are given. B completions (= prompts x G, the groups
@@ -320,7 +320,7 @@ def completion_logps(model, rollouts, with_entropy=False):
     Second: the entropy of the full distribution at each of them, (B, T), or None. The sequences go through the model
     packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time.
     """
-    head, targets = model.get_output_embeddings(), rollouts.completion_tokens.to(model.device)  # (tokens,)
+    head, targets = model.get_output_embeddings(), rollouts.completion_ids.to(model.device)  # (tokens,)
     with autocast(model.device):
         hidden = states_before_tokens(model, rollouts) / TEMPERATURE  # (tokens, H)
         values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)

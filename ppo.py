@@ -168,7 +168,8 @@ limits = {
     "VALUE_CLIP": (float, lambda v: 0 <= v < math.inf, "0 for off, or a distance such as 0.2"),
 }
 policy_rests = "CRITIC_WARMUP_STEPS"
-presets = {"gsm8k": {"GROUP_SIZE": 1, "BATCH_SIZE": 128, "CRITIC_LEARNING_RATE": 1e-5}}
+gsm8k = {"GROUP_SIZE": 1, "BATCH_SIZE": 128, "CRITIC_LEARNING_RATE": 1e-5}
+presets = {"gsm8k": gsm8k, "gsm8k-reward-model": gsm8k}
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------
 # Pure functions of tensors, in whatever floating dtype they are given. B completions (= prompts x G, the groups
@@ -303,7 +304,7 @@ def completion_logps(model, rollouts, with_entropy=False):
     Second: the entropy of the full distribution at each of them, (B, T), or None. The sequences go through the model
     packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time.
     """
-    head, targets = model.get_output_embeddings(), rollouts.completion_tokens.to(model.device)  # (tokens,)
+    head, targets = model.get_output_embeddings(), rollouts.completion_ids.to(model.device)  # (tokens,)
     with autocast(model.device):
         hidden = states_before_tokens(model, rollouts) / TEMPERATURE  # (tokens, H)
         values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)

@@ -165,7 +165,7 @@ limits = {
     **dict.fromkeys(("GAMMA", "LAMBDA", "LAMBDA_CRITIC"), (float, lambda v: 0 <= v <= 1, "in [0, 1]")),
     "CRITIC_MODEL": (str, lambda v: True, ""),
     "GROUP_SIZE": (int, lambda v: v >= 1, "at least 1 completion per prompt"),
-    "ALPHA": (float, lambda v: 0 <= v < math.inf, "0 for off, or a share such as the paper's 0.05"),
+    "ALPHA": (float, lambda v: 0 <= v < math.inf, "0 for off, or a positive number such as the paper's 0.05"),
     "LOSS_AGGREGATION": (str, ("token_mean", "sequence_mean"), None),
     "DUAL_CLIP": (float, lambda v: v == 0 or 1 < v < math.inf, "0 for off, or a bound above 1 such as 3"),
     "VALUE_CLIP": (float, lambda v: 0 <= v < math.inf, "0 for off, or a distance such as 0.2"),
@@ -173,8 +173,8 @@ limits = {
 all_zero = "ALPHA = {ALPHA} makes λ zero at MAX_COMPLETION_TOKENS = {MAX_COMPLETION_TOKENS} and below; raise --alpha"
 conflicts = [(lambda v: 0 < v["ALPHA"] * v["MAX_COMPLETION_TOKENS"] <= 1, all_zero)]
 policy_rests = "VALUE_PRETRAIN_STEPS"
-gsm8k = {"ALPHA": 0.05, "VALUE_PRETRAIN_STEPS": 50, "CRITIC_LEARNING_RATE": 2e-6}
-presets = {"smoke": {"VALUE_PRETRAIN_STEPS": 1}, "gsm8k": gsm8k}
+gsm8k = {"GROUP_SIZE": 16, "BATCH_SIZE": 8, "ALPHA": 0.05, "VALUE_PRETRAIN_STEPS": 50, "CRITIC_LEARNING_RATE": 2e-6}
+presets = {"smoke": {"VALUE_PRETRAIN_STEPS": 1}, "gsm8k": gsm8k, "gsm8k-reward-model": gsm8k}
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------
 # Pure functions of tensors, in whatever floating dtype they are given. B completions (= prompts x G, the groups
@@ -201,8 +201,8 @@ def length_adaptive_lambda(completion_lengths):
 def compute_gae(token_rewards, values, completion_mask):
     """GAE: advantages at the λ of each completion's length, and returns at LAMBDA_CRITIC, both (B, T). No gradient."""
     lam = length_adaptive_lambda(completion_mask.sum(1)) if ALPHA > 0 else LAMBDA
-    advantages, of_critic = (gae(token_rewards, values, completion_mask, one) for one in (lam, LAMBDA_CRITIC))
-    return advantages, of_critic + values.detach().masked_fill(~completion_mask, 0.0)
+    advantages, for_critic = (gae(token_rewards, values, completion_mask, one) for one in (lam, LAMBDA_CRITIC))
+    return advantages, for_critic + values.detach().masked_fill(~completion_mask, 0.0)
 
 
 def gae(token_rewards, values, completion_mask, lam):
@@ -327,7 +327,7 @@ def completion_logps(model, rollouts, with_entropy=False):
     Second: the entropy of the full distribution at each of them, (B, T), or None. The sequences go through the model
     packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time.
     """
-    head, targets = model.get_output_embeddings(), rollouts.completion_tokens.to(model.device)  # (tokens,)
+    head, targets = model.get_output_embeddings(), rollouts.completion_ids.to(model.device)  # (tokens,)
     with autocast(model.device):
         hidden = states_before_tokens(model, rollouts) / TEMPERATURE  # (tokens, H)
         values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)
@@ -466,11 +466,11 @@ class VAPOTrainer:
         """Advantages of tokens, (B, T), by GAE. Adds the returns that the critic learns."""
         mask = rollouts.completion_mask.to(self.policy_device)
         rewards = compute_token_rewards(rollouts.rewards, rollouts.old_logps, rollouts.ref_logps, mask, self.kl_coef)
+        rollouts.outcomes = gae(rewards, torch.zeros_like(rewards), mask, lam=1.0)  # Monte Carlo, for pre-training
         if BOOTSTRAP_TRUNCATED and rollouts.truncated.any():  # the value after the end is a part of the last reward
             ends = last_tokens(mask) & rollouts.truncated.to(mask.device)[:, None]
             rewards = rewards + GAMMA * ends * self.compute_values(rollouts, after=1)
         advantages, rollouts.returns = compute_gae(rewards, rollouts.values, mask)
-        rollouts.outcomes = gae(rewards, torch.zeros_like(rewards), mask, lam=1.0)  # Monte-Carlo returns
         return whiten(advantages, mask) if ADVANTAGE_TYPE == "normalized" else advantages
 
     # -- 4. Update

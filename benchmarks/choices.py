@@ -60,7 +60,8 @@ def main():
         results = {choice: [one[i].result() for one in runs] for i, choice in enumerate(choices)}
     print("| choice | sampled | difference | greedy | difference | seconds of the steps |\n|---|---|---|---|---|---|")
     for choice in choices:
-        print(row_of(f"`{choice}`" if choice else "as shipped", results[choice], results[""]))
+        name = choice or arguments.baseline
+        print(row_of(f"`{name}`" if name else "as shipped", results[choice], results[""]))
 
 
 if __name__ == "__main__":

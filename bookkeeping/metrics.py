@@ -28,23 +28,21 @@ def step_metrics(rollouts, updates, group_size):
         merged[name] = reduce().item()
     lengths = rollouts.completion_lengths.double()
     sequences = advantages.abs() if advantages.dim() == 1 else per_token.abs().sum(1) / mask.sum(1)
-    return (
-        merged
-        | {
-            "updates": len(updates),
-            "skipped_updates": sum(not isfinite(update["grad_norm"]) for update in updates),
-            "reward": totals.mean().item(),
-            "reward_std": totals.std().item(),
-            "relative_advantage": sequences.mean().item(),
-            "dead_groups": (per_token == 0).all(1).view(-1, group_size).all(1).double().mean().item(),
-            "entropy": -old_logps[mask].mean().item(),
-            "sampled_completions": len(lengths),
-            "completion_tokens": int(lengths.sum()),
-            "avg_response_length": lengths.mean().item(),
-            "truncated": rollouts.truncated.double().mean().item(),
-        }
-        | ({} if rollouts.correct is None else {"correct": rollouts.correct.double().mean().item()})
-    )
+    if rollouts.correct is not None:
+        merged["correct"] = rollouts.correct.double().mean().item()
+    return merged | {
+        "updates": len(updates),
+        "skipped_updates": sum(not isfinite(update["grad_norm"]) for update in updates),
+        "reward": totals.mean().item(),
+        "reward_std": totals.std().item(),
+        "relative_advantage": sequences.mean().item(),
+        "dead_groups": (per_token == 0).all(1).view(-1, group_size).all(1).double().mean().item(),
+        "entropy": -old_logps[mask].mean().item(),
+        "sampled_completions": len(lengths),
+        "completion_tokens": int(lengths.sum()),
+        "avg_response_length": lengths.mean().item(),
+        "truncated": rollouts.truncated.double().mean().item(),
+    }
 
 
 def value_metrics(rollouts, updates):

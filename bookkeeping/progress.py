@@ -62,7 +62,8 @@ def say_what_does_not_act(step, history, constants, files):
             f"in {IDLE_STEPS} steps the critic's explained variance was below 0, so its values are worse than their "
             f"mean; lower --critic-learning-rate, or raise {flag}",
         )
-    if latest != [1] * IDLE_STEPS and step == IDLE_STEPS and (ratios := idle_clip(history)):
+    first = constants.resting_steps + IDLE_STEPS
+    if latest != [1] * IDLE_STEPS and step == first and (ratios := idle_clip(history)):
         tqdm.write(
             f"Warning: in {step} steps the ratio stayed in [{ratios[0]:.6f}, {ratios[1]:.6f}] and the clip never "
             f"acted; lower CLIP_LOW = {constants.CLIP_LOW:g} and CLIP_HIGH = {constants.CLIP_HIGH:g}"

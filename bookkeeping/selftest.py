@@ -31,6 +31,9 @@ class TestedTrainer(Trainer, Protocol):
     def compute_rewards(self, rollouts):
         """Returns rewards, (B,) or (B, T)."""
 
+    def score(self, rollouts):
+        """Returns the rewards that a step's advantages are made of. rollouts: with those of compute_rewards."""
+
     def update(self, rollouts):
         """Takes one optimizer step, and returns its statistics.
 
@@ -100,8 +103,10 @@ def end_lines(trainer, rollouts):
 def reward_line(trainer, rollouts):
     """Returns the line about rewards."""
     try:
-        rewards = trainer.compute_rewards(rollouts)
+        rollouts.rewards = rewards = trainer.compute_rewards(rollouts)
         totals, report = rewards.view(len(rewards), -1).sum(1), trainer.rewards.report()
+        trainer.score(rollouts)  # adds what else a step scores, such as which completions are right
+        trainer.rewards.report()  # drops the scores
         text = f"first {totals[0]:.3g}, mean {totals.mean():.3g}; "
         text += ", ".join(f"{name} {value:.3g}" for name, value in report.items())
         return "rewards", text, report["reward_failures"] == 0
@@ -128,7 +133,7 @@ def update_lines(trainer, constants, rollouts, old_logps, tolerance):
 
 
 def critic_lines(trainer, constants, rollouts, tolerance):
-    """Returns the lines about two steps of the critic, towards a return of 1 everywhere.
+    """Returns the lines about two steps of the critic, towards returns that are 1 above its values.
 
     The second is judged, because in the first a new head is zero and gives the body no gradient.
     """
@@ -136,7 +141,7 @@ def critic_lines(trainer, constants, rollouts, tolerance):
     for group in critic.optimizer.param_groups:
         group["lr"] = constants.CRITIC_LEARNING_RATE
     rollouts.values = trainer.compute_values(rollouts)
-    rollouts.returns = torch.ones_like(rollouts.values)
+    rollouts.returns = rollouts.values + 1
     mask, trained = rollouts.completion_mask.to(rollouts.values.device), critic.trained()
     trainer.update_critic(rollouts)
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
@@ -146,11 +151,10 @@ def critic_lines(trainer, constants, rollouts, tolerance):
     apart = (torch.stack(alone) - values)[mask].abs().max().item()
     old, new = rollouts.values[mask].mean().item(), values[mask].mean().item()
     norm = stats["critic_grad_norm"].item()
-    towards = abs(new - 1) < abs(old - 1)
     return [
         ("values, batched against alone", f"most {apart:.1e}", apart < 10 * tolerance),
         ("critic: norm of the gradient", f"{norm:.3g}", 0 < norm < float("inf")),
-        ("critic: mean value, two steps towards 1", f"{old:.3g} before, {new:.3g} after", towards),
+        ("critic: mean value, two steps upwards", f"{old:.3g} before, {new:.3g} after", new > old),
         moved_line("critic: weights that a step moved", trained, before, critic.optimizer),
     ]
 

@@ -32,7 +32,7 @@ class Rollouts:
         return self.prompt_lengths + self.completion_lengths
 
     @property
-    def completion_tokens(self):
+    def completion_ids(self):
         """The ids of all completions' tokens, one after the other, (tokens,)."""
         row, t = self.completion_mask.nonzero(as_tuple=True)
         return self.input_ids[row, self.prompt_lengths[row] + t]

@@ -32,7 +32,9 @@ class Critic:
     @torch.no_grad()
     def load_state(self, state):
         """Continues from such a state. Raises InputError unless all weights fit."""
-        saved, mine = state.get("weights", {}), self.trained()
+        if not state:
+            raise InputError("the checkpoint has no critic, as those of older versions; begin a new run")
+        saved, mine = state["weights"], self.trained()
         if wrong := sorted(saved.keys() ^ mine.keys()) or [k for k in mine if saved[k].shape != mine[k].shape]:
             raise InputError(f"the checkpoint's critic does not fit: {wrong[:3]}; give the run's own --critic-model")
         for name, parameter in mine.items():

@@ -78,9 +78,14 @@ def shrink(script, tmp_path):
         EVAL_PROMPTS=f"{FEW.name}/test.jsonl",
         OUTPUT_DIR=str(tmp_path / "outputs"),
     )
-    if hasattr(script, "VALUE_PRETRAIN_STEPS"):  # the default is more than the steps here
-        script.VALUE_PRETRAIN_STEPS = 0
+    let_the_policy_train(script)
     return script
+
+
+def let_the_policy_train(script):
+    """Sets the number of steps in which the policy rests to 0, because a script's default may be more than a test's."""
+    if hasattr(script, "policy_rests"):
+        vars(script)[script.policy_rests] = 0
 
 
 def scores_while_training(monkeypatch, score):

@@ -141,7 +141,9 @@ def synced(name, text):
 
 def main():
     if sys.argv[1:2] == ["reasons"]:
-        for name in sys.argv[2:]:
+        names = sys.argv[2:]
+        parents = [PARENTS[name] for name in names if name in PARENTS and PARENTS[name] not in names]
+        for name in [*parents, *names]:
             for block, reason in EXEMPTIONS.get(name, {}).items():
                 print(f"{name}.py has its own {block}: {reason}")
         return

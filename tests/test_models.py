@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import SCRIPTS, trainer_of
+from conftest import SCRIPTS, let_the_policy_train, trainer_of
 
 import configs
 import dapo
@@ -129,10 +129,10 @@ def set_up(script, model, files, **constants):
         WARMUP_STEPS=0,
         MAX_COMPLETION_TOKENS=12,
         KL_COEF=0.04,
-        VALUE_PRETRAIN_STEPS=0,  # of vapo.py
         SAVE_EVERY=1,
         OUTPUT_DIR=str(files / "outputs"),
     )
+    let_the_policy_train(script)
     vars(script).update(constants)
     return trainer_of(script)
 

@@ -12,12 +12,13 @@ import configs
 
 
 @pytest.mark.parametrize("name", siblings.SIBLINGS)
-def test_shared_sections_are_those_of_gspo(name):
+def test_shared_sections_are_those_of_the_parent(name):
     actual = (siblings.ROOT / f"{name}.py").read_text()
     expected = siblings.synced(name, actual)
-    lines = difflib.unified_diff(expected.splitlines(), actual.splitlines(), "gspo.py", f"{name}.py", n=1, lineterm="")
+    parent = f"{siblings.parent_of(name)}.py"
+    lines = difflib.unified_diff(expected.splitlines(), actual.splitlines(), parent, f"{name}.py", n=1, lineterm="")
     difference = "\n".join(lines)
-    assert not difference, f"{name}.py has drifted; edit gspo.py, then make sync\n{difference}"
+    assert not difference, f"{name}.py has drifted; edit {parent}, then make sync\n{difference}"
 
 
 @pytest.mark.parametrize("name", siblings.SIBLINGS)
@@ -35,7 +36,7 @@ def test_every_exemption_has_a_reason_and_is_still_needed(name):
     for block, reason in siblings.EXEMPTIONS.get(name, {}).items():
         assert len(reason.split()) > 4, f"{block}: say why {name}.py needs its own"
         assert block in here, f"{block}: {name}.py has no such function; remove the exemption"
-        assert here[block] != shared.get(block), f"{block}: identical to gspo.py's by now; remove the exemption"
+        assert here[block] != shared.get(block), f"{block}: identical to its parent's by now; remove the exemption"
 
 
 def test_a_script_is_its_sections_and_a_section_is_its_blocks():
