@@ -384,8 +384,8 @@ def _is_json_object(text):
         return False
 
 
-# name: (type, condition or allowed values, the rule and its remedy in words). A name that is not here has the rule of
-# its last words: GRPO_EPOCHS has that of EPOCHS, and CRITIC_LEARNING_RATE that of LEARNING_RATE.
+# name: (type, condition or allowed values, the rule and its remedy in words). A name that is not here, but
+# ends as one of ENDINGS, has that rule: GRPO_EPOCHS has that of EPOCHS. Other names, such as a user's own, have none.
 RULES = {
     "DEVICE": (str, bool, 'a device such as "cpu" or "cuda:0"'),
     "GROUP_SIZE": (int, lambda v: v >= 2, "at least 2, because a group of one has no relative advantage"),
@@ -451,11 +451,13 @@ _SWITCHES = (
 RULES |= dict.fromkeys(_SWITCHES.split(), (bool, (True, False), None))
 
 
+ENDINGS = ("DEVICE", "EPOCHS", "REVISION", "LEARNING_RATE", "LR_SCHEDULE", "STEPS", "COEF")
+
+
 def _rule(name, namespace):
     rules = RULES | namespace.get("limits", {})
-    while name and name not in rules:
-        name = name.partition("_")[2]
-    return rules.get(name, (None, None, None))
+    ending = next((ending for ending in ENDINGS if name.endswith("_" + ending)), None)
+    return rules.get(name) or rules.get(ending, (None, None, None))
 
 
 def validate(values, namespace):

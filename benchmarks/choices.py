@@ -17,7 +17,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from seeds import run
+from seeds import run, seconds_of
 
 KINDS = {"eval_accuracy": "sampled", "eval_accuracy_greedy": "greedy"}
 
@@ -26,8 +26,7 @@ def ends_of(script, seed, flags):
     """Returns the accuracies at the end of a run, {kind: accuracy}, and the seconds of its training steps."""
     with tempfile.TemporaryDirectory() as outputs:
         rows, _ = run(script, seed, shlex.split(flags), Path(outputs))
-    seconds = sum(value for row in rows for name, value in row.items() if name.startswith("seconds_"))
-    return {kind: rows[-1][kind] for kind in KINDS}, seconds
+    return {kind: rows[-1][kind] for kind in KINDS}, sum(seconds_of(row) for row in rows)
 
 
 def row_of(choice, results, baseline):

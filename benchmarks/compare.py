@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from seeds import ROOT, run
+from seeds import ROOT, run, seconds_of
 
 sys.path.insert(0, str(ROOT))
 import configs
@@ -39,7 +39,7 @@ class Curve:
 
     def __init__(self, rows):
         completions = np.cumsum([row.get("sampled_completions", 0) for row in rows])
-        seconds = np.cumsum([sum(v for k, v in row.items() if k.startswith("seconds_")) for row in rows])
+        seconds = np.cumsum([seconds_of(row) for row in rows])
         at = [i for i, row in enumerate(rows) if "eval_accuracy" in row]
         self.completions, self.seconds = completions[at], seconds[at]
         self.accuracy = {kind: np.array([rows[i][kind] for i in at]) for kind in KINDS}

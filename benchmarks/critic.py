@@ -25,6 +25,7 @@ import tempfile
 from pathlib import Path
 
 from safetensors import safe_open
+from seeds import seconds_of
 from workloads import ROOT, WORKLOADS, prepare
 
 SCRIPTS = ("grpo.py", "ppo.py", "vapo.py")
@@ -73,7 +74,7 @@ def print_cost(rounds):
                     with tempfile.TemporaryDirectory() as outputs:
                         rows, folder, memory = run(script, flags + OF_SCRIPT.get(script, []), Path(outputs))
                         parameters = parameters_in(folder)
-                    step = statistics.median(sum(v for k, v in row.items() if k.startswith("seconds_")) for row in rows)
+                    step = statistics.median(seconds_of(row) for row in rows)
                     update = statistics.median(row["seconds_update"] for row in rows)
                     measured[script].append((step, update, memory, parameters))
         for script, results in measured.items():

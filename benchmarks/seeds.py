@@ -34,6 +34,11 @@ def run(script, seed, flags, outputs):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], seconds
 
 
+def seconds_of(row):
+    """Returns the seconds of a training step, from its metrics."""
+    return sum(value for name, value in row.items() if name.startswith("seconds_"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--script", default="gspo.py")
@@ -48,7 +53,7 @@ def main():
             rows, wall = run(arguments.script, seed, arguments.flags, Path(outputs))
         names = ("eval_accuracy", "eval_accuracy_greedy")
         before, after = ([row[name] for name in names] for row in (rows[0], rows[-1]))
-        step = statistics.median(sum(v for k, v in row.items() if k.startswith("seconds_")) for row in rows[1:])
+        step = statistics.median(seconds_of(row) for row in rows[1:])
         speed = statistics.median(row["tokens_per_second"] for row in rows[1:])
         print(
             f"| {seed} | {wall:.0f} | {before[0]:.3f} | {after[0]:.3f} | {before[1]:.3f} | {after[1]:.3f} "

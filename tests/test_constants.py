@@ -377,3 +377,11 @@ def test_a_switch_of_a_script_edited_to_something_else_is_refused(tmp_path):
             namespace = vars(script) | {"__file__": str(tmp_path / "mine.py"), name: "yes"}
             with pytest.raises(configs.InputError, match=f"{name} = 'yes' must be True or False"):
                 configs.snapshot(namespace)
+
+
+@pytest.mark.parametrize(("name", "value"), [("BONUS_REWARDS", 3), ("MY_SEED", "x"), ("DECAY_STEPS", 10)])
+def test_a_constant_of_a_users_own_has_no_rule_unless_its_ending_says_what_it_is(name, value):
+    values = configs.constant_values(vars(gspo))
+    configs.validate(values | {name: value}, vars(gspo))
+    with pytest.raises(configs.InputError, match="DECAY_STEPS = -1 must be 0 or more steps"):
+        configs.validate(values | {"DECAY_STEPS": -1}, vars(gspo))
