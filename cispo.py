@@ -50,7 +50,7 @@ from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
 from engine.rollouts import Rollouts, in_places, on_last_token
 from engine.sampling import Sampler
-from engine.steps import learning_rate_at, take_step
+from engine.steps import learning_rate_at, split_at_random, take_step
 from engine.vocabulary import token_logps
 from engine.workers import LazyWorker, worker_beside
 from inputs.load import load_inputs
@@ -104,6 +104,7 @@ OVERLONG_CACHE = 16  # tokens before the limit, over which the reward falls by u
 # Loss
 CISPO_EPOCHS = 1  # passes over the rollouts of a step
 MINI_BATCHES = 4  # optimizer steps per pass; paper: 16
+WHOLE_GROUPS = False  # a group falls into one mini-batch, which reads its prompt once; False splits all completions
 CLIP_LOW = 1.0  # a token's weight is at least 1 - this; 1.0 is no lower bound; paper: none
 CLIP_HIGH = 4.0  # a token's weight is at most 1 + this; not in the paper; TRL's epsilon_high 5.0 is this 4.0
 LOSS_AGGREGATION = "token_mean"  # "token_mean" (paper) or "sequence_mean" (GRPO)
@@ -440,9 +441,11 @@ class CISPOTrainer:
         updates = []
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.constants)
+        together = GROUP_SIZE if WHOLE_GROUPS else 1  # completions
         for epoch in range(CISPO_EPOCHS):
-            order = torch.randperm(len(rollouts.texts), generator=generator_of("mini-batches", step, epoch))
-            updates += [self.update(rollouts.select(rows)) for rows in order.tensor_split(MINI_BATCHES) if len(rows)]
+            generator = generator_of("mini-batches", step, epoch)
+            batches = split_at_random(torch.arange(len(rollouts.texts)), MINI_BATCHES, together, generator)
+            updates += [self.update(rollouts.select(rows)) for rows in batches]
         return updates
 
     def update(self, batch):
@@ -476,7 +479,7 @@ class CISPOTrainer:
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
-        for rows in micro_batches(moving.lengths, budget):
+        for rows in micro_batches(moving, budget):
             part = moving.select(rows)
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
             losses = self.losses(part, batch, part_logps, entropy)

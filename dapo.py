@@ -52,7 +52,7 @@ from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
 from engine.rollouts import Rollouts, in_places, on_last_token
 from engine.sampling import Sampler
-from engine.steps import learning_rate_at, take_step
+from engine.steps import learning_rate_at, split_at_random, take_step
 from engine.vocabulary import token_logps
 from engine.workers import LazyWorker, worker_beside
 from inputs.load import load_inputs
@@ -111,6 +111,7 @@ OVERLONG_FILTER = True  # leave truncated completions out of the loss
 # Loss
 DAPO_EPOCHS = 1  # passes over the rollouts of a step
 MINI_BATCHES = 4  # optimizer steps per pass; paper: 16
+WHOLE_GROUPS = False  # a group falls into one mini-batch, which reads its prompt once; False splits all completions
 CLIP_LOW = 0.2  # the token's ratio is clipped at 1 - this
 CLIP_HIGH = 0.28  # the token's ratio is clipped at 1 + this
 LOSS_AGGREGATION = "token_mean"  # "token_mean" (paper) or "sequence_mean" (GRPO)
@@ -485,9 +486,11 @@ class DAPOTrainer:
         updates, in_loss = [], completions_in_loss(rollouts.truncated).nonzero().squeeze(1)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.constants)
+        together = GROUP_SIZE if WHOLE_GROUPS else 1  # completions
         for epoch in range(DAPO_EPOCHS):
-            order = in_loss[torch.randperm(len(in_loss), generator=generator_of("mini-batches", step, epoch))]
-            updates += [self.update(rollouts.select(rows)) for rows in order.tensor_split(MINI_BATCHES) if len(rows)]
+            generator = generator_of("mini-batches", step, epoch)
+            batches = split_at_random(in_loss, MINI_BATCHES, together, generator)
+            updates += [self.update(rollouts.select(rows)) for rows in batches]
         return updates
 
     def update(self, batch):
@@ -521,7 +524,7 @@ class DAPOTrainer:
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
-        for rows in micro_batches(moving.lengths, budget):
+        for rows in micro_batches(moving, budget):
             part = moving.select(rows)
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
             losses = self.losses(part, batch, part_logps, entropy)

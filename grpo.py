@@ -47,7 +47,7 @@ from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
 from engine.rollouts import Rollouts, in_places, on_last_token
 from engine.sampling import Sampler
-from engine.steps import learning_rate_at, take_step
+from engine.steps import learning_rate_at, split_at_random, take_step
 from engine.vocabulary import token_logps
 from engine.workers import LazyWorker, worker_beside
 from inputs.load import load_inputs
@@ -98,6 +98,7 @@ TOP_P = 1.0  # nucleus sampling; below 1 the ratio is biased, because log-probs 
 # Loss
 GRPO_EPOCHS = 1  # passes over the rollouts of a step
 MINI_BATCHES = 4  # optimizer steps per pass; paper: 1, with which the ratio is 1 and the clip never acts
+WHOLE_GROUPS = False  # a group falls into one mini-batch, which reads its prompt once; False splits all completions
 CLIP_LOW = 0.2  # the token's ratio is clipped at 1 - this
 CLIP_HIGH = 0.2  # the token's ratio is clipped at 1 + this
 DUAL_CLIP = 0.0  # for negative advantages the loss of a token is at most this times -A; 0 is off, verl's default is 3
@@ -435,9 +436,11 @@ class GRPOTrainer:
         updates = []
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.constants)
+        together = GROUP_SIZE if WHOLE_GROUPS else 1  # completions
         for epoch in range(GRPO_EPOCHS):
-            order = torch.randperm(len(rollouts.texts), generator=generator_of("mini-batches", step, epoch))
-            updates += [self.update(rollouts.select(rows)) for rows in order.tensor_split(MINI_BATCHES) if len(rows)]
+            generator = generator_of("mini-batches", step, epoch)
+            batches = split_at_random(torch.arange(len(rollouts.texts)), MINI_BATCHES, together, generator)
+            updates += [self.update(rollouts.select(rows)) for rows in batches]
         return updates
 
     def update(self, batch):
@@ -471,7 +474,7 @@ class GRPOTrainer:
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
-        for rows in micro_batches(moving.lengths, budget):
+        for rows in micro_batches(moving, budget):
             part = moving.select(rows)
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
             losses = self.losses(part, batch, part_logps, entropy)

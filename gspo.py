@@ -47,7 +47,7 @@ from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
 from engine.rollouts import Rollouts, in_places, on_last_token
 from engine.sampling import Sampler
-from engine.steps import learning_rate_at, take_step
+from engine.steps import learning_rate_at, split_at_random, take_step
 from engine.vocabulary import token_logps
 from engine.workers import LazyWorker, worker_beside
 from inputs.load import load_inputs
@@ -98,6 +98,7 @@ TOP_P = 1.0  # nucleus sampling; below 1 the ratio is biased, because log-probs 
 # Loss
 GSPO_EPOCHS = 1  # passes over the rollouts of a step
 MINI_BATCHES = 4  # optimizer steps per pass; paper: 4
+WHOLE_GROUPS = False  # a group falls into one mini-batch, which reads its prompt once; False splits all completions
 RATIO_LEVEL = "sequence"  # "sequence" (eq. 5), "sequence_token" (GSPO-token, eq. 13) or "token" (as in GRPO)
 LENGTH_NORMALIZED_RATIO = True  # eq. 7; False is the plain ratio of likelihoods, which wants a clip like 0.2
 CLIP_LOW = 0.03  # s_i is clipped at 1 - this; paper: 3e-4, for long texts: the spread of log s falls as 1/sqrt(length)
@@ -455,9 +456,11 @@ class GSPOTrainer:
         updates = []
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.constants)
+        together = GROUP_SIZE if WHOLE_GROUPS else 1  # completions
         for epoch in range(GSPO_EPOCHS):
-            order = torch.randperm(len(rollouts.texts), generator=generator_of("mini-batches", step, epoch))
-            updates += [self.update(rollouts.select(rows)) for rows in order.tensor_split(MINI_BATCHES) if len(rows)]
+            generator = generator_of("mini-batches", step, epoch)
+            batches = split_at_random(torch.arange(len(rollouts.texts)), MINI_BATCHES, together, generator)
+            updates += [self.update(rollouts.select(rows)) for rows in batches]
         return updates
 
     def update(self, batch):
@@ -491,7 +494,7 @@ class GSPOTrainer:
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
-        for rows in micro_batches(moving.lengths, budget):
+        for rows in micro_batches(moving, budget):
             part = moving.select(rows)
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
             losses = self.losses(part, batch, part_logps, entropy)

@@ -48,7 +48,7 @@ from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
 from engine.rollouts import Rollouts, in_places, last_tokens, on_last_token
 from engine.sampling import Sampler
-from engine.steps import learning_rate_at, take_step
+from engine.steps import learning_rate_at, split_at_random, take_step
 from engine.vocabulary import token_logps
 from engine.workers import LazyWorker, worker_beside
 from inputs.critic import load_critic
@@ -114,6 +114,7 @@ ADVANTAGE_TYPE = "normalized"  # "normalized" (whitened over the step's tokens) 
 # Loss
 VAPO_EPOCHS = 1  # passes over the rollouts of a step
 MINI_BATCHES = 4  # optimizer steps per pass, of policy and of critic
+WHOLE_GROUPS = False  # a group falls into one mini-batch, which reads its prompt once; False splits all completions
 CLIP_LOW = 0.2  # the token's ratio is clipped at 1 - this
 CLIP_HIGH = 0.28  # the token's ratio is clipped at 1 + this
 DUAL_CLIP = 0.0  # for negative advantages the loss of a token is at most this times -A; 0 is off, verl's default is 3
@@ -476,18 +477,16 @@ class VAPOTrainer:
     # -- 4. Update
 
     def update_policy(self, rollouts, step):
-        """VAPO_EPOCHS passes over the completions, of MINI_BATCHES steps each. Returns the policy's stats.
-
-        Those of the critic are in value_updates. In the first VALUE_PRETRAIN_STEPS steps the policy rests.
-        """
+        """VAPO_EPOCHS passes of MINI_BATCHES steps. Returns the policy's stats; value_updates has the critic's."""
         if step <= VALUE_PRETRAIN_STEPS:
             rollouts.returns = rollouts.outcomes
         updates, self.value_updates = [], []
         for optimizer, prefix in ((self.optimizer, ""), (self.critic.optimizer, "CRITIC_")):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step, self.constants, prefix)
+        together = GROUP_SIZE if WHOLE_GROUPS else 1  # completions
         for epoch in range(VAPO_EPOCHS):
-            order = torch.randperm(len(rollouts.texts), generator=generator_of("mini-batches", step, epoch))
-            for rows in order.tensor_split(MINI_BATCHES):
+            generator = generator_of("mini-batches", step, epoch)
+            for rows in split_at_random(torch.arange(len(rollouts.texts)), MINI_BATCHES, together, generator):
                 batch = rollouts.select(rows)
                 of_critic = self.worker.submit(self.update_critic, batch)  # while the policy works, on another device
                 if step > VALUE_PRETRAIN_STEPS:
@@ -505,7 +504,7 @@ class VAPOTrainer:
         model, stats = self.critic.model, {}
         self.critic.optimizer.zero_grad()
         model.train(GRADIENT_CHECKPOINTING)
-        for rows in micro_batches(batch.lengths, budget):
+        for rows in micro_batches(batch, budget):
             part = batch.select(rows)
             values, share = completion_values(model, part), part.completion_mask.sum() / batch.completion_mask.sum()
             part = part.to(model.device)
@@ -547,7 +546,7 @@ class VAPOTrainer:
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
-        for rows in micro_batches(moving.lengths, budget):
+        for rows in micro_batches(moving, budget):
             part = moving.select(rows)
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
             losses = self.losses(part, batch, part_logps, entropy)

@@ -1,5 +1,6 @@
 """grpo.py beside TRL's GRPOTrainer: speed, memory and learning on equal work, the two taking turns in one run.
 
+    python benchmarks/against_trl.py smollm2                 the preset smollm2, a chat model of 135 M parameters
     python benchmarks/against_trl.py embedded                the shipped task, rewarded by its rule exact_match
     python benchmarks/against_trl.py longtail                15 M parameters, vocabulary of 32,768, few long completions
     python benchmarks/against_trl.py qwen3                   on a GPU: Qwen3-0.6B's shape, full vocabulary, bfloat16
@@ -27,6 +28,7 @@ taken. Needs requirements-bench.txt.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -41,10 +43,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the scripts set it, too, befo
 
 import torch
 import transformers
-from workloads import ROOT, WORKLOADS, flops, grpo, peak_flops, peak_memory, prepare, set_constants, synchronize
+from workloads import (
+    ROOT,
+    WORKLOADS,
+    flops,
+    grpo,
+    peak_flops,
+    peak_memory,
+    prepare,
+    set_constants,
+    sizes_of,
+    synchronize,
+    useful_tokens,
+)
 
 import configs
-from scoring import rules
+from scoring.rules import find_reward, parse_rewards
 
 NAMES = {"ours": "grpo.py", "trl": "TRL's GRPOTrainer"}
 PHASES = ("rollout", "scoring", "update")
@@ -76,7 +90,7 @@ def peak_now():
 
 
 def accuracy(trainer, workload):
-    if workload != "embedded":
+    if WORKLOADS[workload]["model"]:  # made on the spot, and without a task
         return {}
     found = trainer.evaluate()
     return {"sampled": found["eval_accuracy"], "greedy": found["eval_accuracy_greedy"]}
@@ -106,7 +120,8 @@ def run_ours(workload, steps):
                 "scoring": metrics["seconds_reward"] + metrics["seconds_logps"],
                 "update": metrics["seconds_update"],
                 "reward": metrics["reward"],
-                "pairs": torch.stack([rollouts.prompt_lengths, rollouts.completion_lengths], 1).tolist(),
+                "sizes": sizes_of(rollouts, grpo.GROUP_SIZE),
+                "moving": trainer.moving(rollouts).tolist(),
                 "places": padding.places,
                 "peak": peak_now(),
             }
@@ -136,7 +151,8 @@ def timed_trainer(rows, steps, places):
             outputs = super()._generate(prompts)
             synchronize()
             rows[-1]["rollout"] = time.perf_counter() - start
-            rows[-1]["pairs"] = [(len(p), len(c)) for p, c in zip(outputs[0], outputs[1], strict=True)]
+            lengths = zip(map(len, outputs[0]), map(len, outputs[1]), strict=True)
+            rows[-1]["sizes"] = [(row // grpo.GROUP_SIZE, p, t) for row, (p, t) in enumerate(lengths)]
             return outputs
 
         def create_scheduler(self, num_training_steps, optimizer=None):  # grpo.py's rate
@@ -193,21 +209,34 @@ def trl_arguments(steps, folder, micro_batch, continuous_batching):
     )
 
 
+def reward_of(rows):
+    """Returns a reward function for TRL, the weighted sum of REWARDS, which adds to the last of rows what it found."""
+    weights = parse_rewards(grpo.REWARDS)
+    rules = [(find_reward(name, "REWARDS"), weight) for name, weight in weights.items()]
+
+    def reward(prompts, completions, answer, **_):
+        rewards = [
+            sum(weight * rule(p, c, {"answer": a}) for rule, weight in rules)
+            for p, c, a in zip(prompts, completions, answer, strict=True)
+        ]
+        groups = torch.tensor(rewards).view(-1, grpo.GROUP_SIZE)
+        alive = groups.amax(1) > groups.amin(1)
+        rows[-1]["reward"] = statistics.mean(rewards)
+        rows[-1]["moving"] = (alive | (grpo.KL_COEF > 0)).repeat_interleave(grpo.GROUP_SIZE).tolist()
+        return rewards
+
+    return reward
+
+
 def run_trl(workload, steps, prompts, folder, micro_batch, continuous_batching):
     import datasets
 
-    rule, rows, padding = rules.find_reward(grpo.REWARDS, "REWARDS"), [], None
-
-    def reward(prompts, completions, answer, **_):
-        rewards = [rule(p, c, {"answer": a}) for p, c, a in zip(prompts, completions, answer, strict=True)]
-        rows[-1]["reward"] = statistics.mean(rewards)
-        return rewards
-
-    name = grpo.POLICY_MODEL if Path(grpo.POLICY_MODEL).is_absolute() else str(ROOT / grpo.POLICY_MODEL)
+    rows, padding, folder_of_model = [], None, ROOT / grpo.POLICY_MODEL
+    name = str(folder_of_model) if folder_of_model.is_dir() else grpo.POLICY_MODEL
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     trainer = timed_trainer(rows, steps, lambda: padding.places)(
         model=name,
-        reward_funcs=reward,
+        reward_funcs=reward_of(rows),
         args=trl_arguments(steps, folder, micro_batch, continuous_batching),
         train_dataset=datasets.Dataset.from_list(prompts),
         processing_class=tokenizer,
@@ -223,11 +252,11 @@ def run_trl(workload, steps, prompts, folder, micro_batch, continuous_batching):
         row["update"] = row["seconds"] - row["rollout"] - row["scoring"]
     rows.pop()
     assert len(rows) == steps and all(
-        [p for p, _ in row["pairs"]] == [one["tokens"] for one in of_step for _ in range(grpo.GROUP_SIZE)]
+        [p for _, p, _ in row["sizes"]] == [one["tokens"] for one in of_step for _ in range(grpo.GROUP_SIZE)]
         for row, of_step in zip(rows, batches(prompts), strict=True)
     ), "TRL was given other prompts"
     found = {}
-    if workload == "embedded":
+    if WORKLOADS[workload]["model"] is None:
         judge = grpo.GRPOTrainer()
         judge.policy.load_state_dict(trainer.model.state_dict())
         found = accuracy(judge, workload)
@@ -247,8 +276,9 @@ def child(system, workload, folder, steps, *of_trl):
         model, rows, memory, found = run_ours(workload, steps)
     rewards, counted = [row["reward"] for row in rows], rows[1:]
     total = {name: sum(row[name] for row in counted) for name in ("seconds", "places", *PHASES)}
-    lengths = [t for row in counted for _, t in row["pairs"]]
-    done = [flops(model, row["pairs"], grpo.GROUP_SIZE) for row in counted]
+    lengths = [t for row in counted for _, _, t in row["sizes"]]
+    moving = [list(itertools.compress(row["sizes"], row["moving"])) for row in counted]
+    done = [flops(model, row["sizes"], some, grpo.KL_COEF > 0) for row, some in zip(counted, moving, strict=True)]
     peak = statistics.median(row["peak"] for row in counted)
     rates = {name: sum(one[name] for one in done) / total["seconds" if name == "step" else name] for name in done[0]}
     points = min(CURVE, steps)
@@ -256,9 +286,8 @@ def child(system, workload, folder, steps, *of_trl):
     result = {name: statistics.median(row[name] for row in counted) for name in ("seconds", *PHASES)}
     result |= {"tokens_per_second": sum(lengths) / total["seconds"], "curve": [statistics.mean(one) for one in curve]}
     result |= {"length": statistics.mean(lengths) / grpo.MAX_COMPLETION_TOKENS, "accuracy": found, "flops": rates}
-    # grpo.py does not pass the last token through the model.
-    tokens = sum(p + t - (system == "ours") for row in counted for p, t in row["pairs"])
-    result |= {"peak": peak, "padding": 1 - tokens / total["places"]}
+    result |= {"peak": peak, "places": total["places"] / len(counted)}
+    result |= {"useful": statistics.mean(map(useful_tokens, moving)), "moving": statistics.mean(map(len, moving))}
     print(json.dumps(result | {"start_memory": memory[0], "peak_memory": memory[1]}))
 
 
@@ -294,20 +323,18 @@ def print_tables(results, workload):
         curve = [[one["curve"][i] for one in rounds] for i in range(points)]
         cells = [" ".join(f"{statistics.median(one):.3f}" for one in curve), spread(curve[-1], 3)]
         for how in ("sampled", "greedy"):
-            cells += [spread([one["accuracy"][how] for one in rounds], 3) if workload == "embedded" else "none"]
+            cells += [spread([one["accuracy"][how] for one in rounds], 3) if rounds[0]["accuracy"] else "none"]
         print(f"| {NAMES[system]} | " + " | ".join(cells) + f" | {spread([one['length'] for one in rounds])} |")
 
     peaks = spread([one["peak"] / 1e9 for rounds in results.values() for one in rounds], 0)
     print(f"\nMatrix products between the steps: {peaks} · 10⁹ operations per second\n")
-    print("| system | padding in the update | utilisation: rollout | update | whole step |\n|---|---|---|---|---|")
+    print("| system | tokens through a step's update | useful | completions that move the policy |", end="")
+    print(" utilisation: rollout | update | whole step |\n|---|---|---|---|---|---|---|")
     for system, rounds in results.items():
         names = rounds[0]["flops"]
         cells = [f"{statistics.median(one['flops'][name] / one['peak'] for one in rounds):.2%}" for name in names]
-        print(
-            f"| {NAMES[system]} | {statistics.median(one['padding'] for one in rounds):.1%} | "
-            + " | ".join(cells)
-            + " |"
-        )
+        counts = (statistics.median(one[name] for one in rounds) for name in ("places", "useful", "moving"))
+        print(f"| {NAMES[system]} | " + " | ".join(f"{count:.0f}" for count in counts), *cells, sep=" | ", end=" |\n")
 
 
 def main():

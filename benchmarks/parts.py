@@ -23,7 +23,7 @@ from unittest import mock
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the scripts set it, too, before they import torch
 
 import torch
-from workloads import flops, grpo, parse_with_workloads, peak_flops, prepare, set_constants, synchronize
+from workloads import flops, grpo, parse_with_workloads, peak_flops, prepare, set_constants, sizes_of, synchronize
 
 from engine import decoding, packing, sampling, vocabulary
 
@@ -60,12 +60,13 @@ def parts_of(trainer):
         ("the head by blocks of the vocabulary", "update", lambda: patch(grpo, "token_logps", plain_token_logps)),
         ("logits kept for the backward pass", "update", lambda: patch(grpo, "LOGITS_AT_ONCE", 2**22)),
         ("attention by rows of like length", "update", lambda: patch(packing, "split_by_length", lambda n: [n])),
+        ("prompts that go through once", "update", lambda: patch(packing, "SHORT_PROMPT", 10**9)),
         ("fused AdamW", "update", lambda: not_fused(trainer.optimizer)),
     ]
 
 
 def works_of(workload):
-    """Returns a trainer, and {work: function of a number that does it and returns its (P, T) pairs}."""
+    """Returns a trainer, and {work: function of a number that does it and returns its sizes_of}."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
         set_constants(workload, folder, steps=1)
@@ -76,18 +77,18 @@ def works_of(workload):
     rollouts.advantages = torch.randn(len(rollouts.texts), generator=grpo.generator_of("parts")).to(
         trainer.policy_device
     )
-    mini_batches = torch.randperm(len(rollouts.texts), generator=grpo.generator_of("parts")).tensor_split(4)
-
-    def pairs_of(rollouts, rows):
-        return torch.stack([rollouts.prompt_lengths, rollouts.completion_lengths], 1)[rows].tolist()
+    together = grpo.GROUP_SIZE if grpo.WHOLE_GROUPS else 1
+    rows, generator = torch.arange(len(rollouts.texts)), grpo.generator_of("parts")
+    mini_batches = grpo.split_at_random(rows, grpo.MINI_BATCHES, together, generator)
 
     def update(number):
-        rows = mini_batches[number % 4]
+        rows = mini_batches[number % len(mini_batches)]
         trainer.update(rollouts.select(rows))
-        return pairs_of(rollouts, rows)
+        sizes = sizes_of(rollouts, grpo.GROUP_SIZE)
+        return [sizes[row] for row in rows]
 
     def rollout(number):
-        return pairs_of(trainer.generate_responses_with_group_sampling(number), slice(None))
+        return sizes_of(trainer.generate_responses_with_group_sampling(number), grpo.GROUP_SIZE)
 
     return trainer, {"update": update, "rollout": rollout}
 
@@ -96,10 +97,10 @@ def measured(trainer, works, work, number):
     """Returns the seconds that a work takes, and its useful operations per second."""
     synchronize()
     start = time.perf_counter()
-    pairs = works[work](number)
+    sizes = works[work](number)
     synchronize()
     seconds = time.perf_counter() - start
-    return seconds, flops(trainer.policy, pairs, grpo.GROUP_SIZE)[work] / seconds
+    return seconds, flops(trainer.policy, sizes, sizes, False)[work] / seconds
 
 
 def measure(trainer, works, rounds):

@@ -24,7 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the scripts set it, too, befo
 import torch
 from workloads import (
     bytes_of_decoding,
-    flops,
+    flops_of_pass,
     grpo,
     parse_with_workloads,
     peak_bandwidth,
@@ -114,7 +114,11 @@ def main():
             seconds, lengths = [s for s, _ in rounds], [[t for _, t in pairs] for _, pairs in rounds]
             speeds[name] = [sum(one) / s for one, s in zip(lengths, seconds, strict=True)]
             single = name == "generate(), one by one"
-            done = sum(flops(trainer.policy, pairs, 1 if single else grpo.GROUP_SIZE)["rollout"] for _, pairs in rounds)
+            together = 1 if single else grpo.GROUP_SIZE
+            done = sum(
+                flops_of_pass(trainer.policy, [(row // together, *pair) for row, pair in enumerate(pairs)])
+                for _, pairs in rounds
+            )
             batches = [batch for _, pairs in rounds for batch in ([[pair] for pair in pairs] if single else [pairs])]
             read = sum(bytes_of_decoding(trainer.policy, batch) for batch in batches)
             share = statistics.mean(sum(lengths, [])) / grpo.MAX_COMPLETION_TOKENS

@@ -1,16 +1,19 @@
 """The shared parts of the benchmarks of speed and memory: workloads, models made on the spot, and counting.
 
-A workload is a set of constants of grpo.py. `embedded` is the shipped task, rewarded by its rule. `longtail` and
-`qwen3` train random models whose completions end by chance, so their lengths are geometric, and a few are long.
+A workload is a set of constants of grpo.py. `smollm2` is the preset of that name: a chat model of 135 M parameters and
+word problems. `embedded` is the shipped task, rewarded by its rule. `longtail` and `qwen3` train random models whose
+completions end by chance, so their lengths are geometric, and a few are long.
 
-Floating point operations are counted for useful tokens only, without padding. N is the number of weights in the layers'
-matrices, and V x H that of the head. A sequence has P prompt and T completion tokens, and its last one predicts
-nothing.
+Floating point operations are counted for useful tokens only. These are the tokens that a step cannot do without: no
+padding, each prompt once for its group, and in the update no completion that moves nothing. N is the number of weights
+in the layers' matrices, and V x H that of the head. A group has a prompt of P tokens and completions of T tokens, whose
+last ones predict nothing.
 
-    pass(P, T) = 2 N (P + T − 1) + 2 V H T + 2 A (P + T − 1)²       A = layers x heads x head dimension; causal
-    rollouts   = Σ 2 N (T − 1) + 2 V H T + 2 A ((P + T − 1)² − P²)  and each prompt once, 2 N P + 2 A P²
-    update     = 3 Σ pass                                           forward and backward
-    step       = rollouts + update + Σ pass                         log-probs under the reference
+    pass     = Σ_groups 2 N P + 2 A P²                          A = layers x heads x head dimension; causal
+               + Σ_completions 2 N (T − 1) + 2 V H T + 2 A ((P + T − 1)² − P²)
+    rollouts = pass of all
+    update   = 3 · pass of those that move the policy           forward and backward
+    step     = rollouts + update + a pass of all                log-probs under the reference, if there is one
 
 The policy's own log-probs before the update need no work, because sampling has computed them. Norms, embeddings,
 softmax, the optimizer, and whatever checkpointing computes again are not counted.
@@ -37,6 +40,7 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
+from configs import PRESETS  # noqa: E402
 
 SAME = {  # for both systems, in all workloads
     "KL_COEF": 0.04,
@@ -49,6 +53,11 @@ SAME = {  # for both systems, in all workloads
     "TENSORBOARD": False,
 }
 WORKLOADS = {
+    "smollm2": {
+        "model": None,
+        "steps": 10,
+        "constants": PRESETS["smollm2"] | {"KL_COEF": 0.0, "MINI_BATCHES": 2},
+    },
     "embedded": {
         "model": None,
         "steps": 80,
@@ -180,16 +189,36 @@ def parameters_of_layers(model):
     return sum(module.weight.numel() for module in linear)
 
 
-def flops(model, pairs, group_size):
-    """Returns useful operations of a step's rollouts, update and total. pairs: (P, T) per completion, by group."""
+def sizes_of(rollouts, group_size):
+    """Returns (number of the prompt, P, T) of each completion."""
+    lengths = zip(rollouts.prompt_lengths.tolist(), rollouts.completion_lengths.tolist(), strict=True)
+    return [(row // group_size, p, t) for row, (p, t) in enumerate(lengths)]
+
+
+def useful_tokens(sizes):
+    """Returns how many tokens must go through the layers in a pass. sizes: as of sizes_of."""
+    return sum({number: p for number, p, _ in sizes}.values()) + sum(t - 1 for _, _, t in sizes)
+
+
+def flops_of_pass(model, sizes):
+    """Returns the useful operations of a forward pass. sizes: as of sizes_of."""
     config, layers = model.config, parameters_of_layers(model)
-    head = config.vocab_size * config.hidden_size
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    one = sum(2 * layers * (p + t - 1) + 2 * head * t + 2 * attention * (p + t - 1) ** 2 for p, t in pairs)
-    rollouts = sum(2 * layers * (t - 1) + 2 * head * t for _, t in pairs)
-    rollouts += sum(2 * attention * ((p + t - 1) ** 2 - p**2) for p, t in pairs)
-    rollouts += sum(2 * layers * p + 2 * attention * p**2 for p, _ in pairs[::group_size])
-    return {"rollout": rollouts, "update": 3 * one, "step": rollouts + 4 * one}
+    size_of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.num_hidden_layers * config.num_attention_heads * size_of_head
+    of_pairs = sum(p**2 for p in {number: p for number, p, _ in sizes}.values())
+    of_pairs += sum((p + t - 1) ** 2 - p**2 for _, p, t in sizes)
+    head = config.vocab_size * config.hidden_size * sum(t for _, _, t in sizes)
+    return 2 * (layers * useful_tokens(sizes) + head + attention * of_pairs)
+
+
+def flops(model, sizes, moving, with_reference):
+    """Returns the useful operations of a step's rollouts, update and total.
+
+    sizes: as of sizes_of. moving: those of the completions that move the policy. with_reference: whether there are
+    log-probs of a reference model.
+    """
+    rollouts, update = flops_of_pass(model, sizes), 3 * flops_of_pass(model, moving)
+    return {"rollout": rollouts, "update": update, "step": rollouts * (2 if with_reference else 1) + update}
 
 
 def bytes_of_decoding(model, pairs):

@@ -4,6 +4,8 @@ Packing changes no number that a model computes. check_policy in inputs/models.p
 model's own attention.
 """
 
+import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -12,44 +14,49 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "packed"  # this attention's attn_implementation, for from_pretrained
+SHORT_PROMPT = 32  # tokens; to read a shorter one again takes less time than attention in more calls
 
 
 @dataclass
 class Packing:
     """Several sequences, one after the other, as the N tokens of one row. So the model sees no padding.
 
-    Every layer but attention works on each token by itself. Attention needs each sequence in a row of its own. So the
-    attention of this module unpacks the sequences, long ones apart from short ones, and packs its result again. The
-    model must have been loaded with it.
+    A sequence may go on from another, its prefix, as the completions of a group go on from their prompt. The prefix
+    stands there once, and its gradient is the sum of theirs.
+
+    Every layer but attention works on each token by itself. Attention needs each sequence in a row of its own, behind
+    its prefix. So the attention of this module unpacks the sequences, long ones apart from short ones, and packs its
+    result again. The model must have been loaded with it.
     """
 
     model: torch.nn.Module
-    lengths: torch.Tensor  # (rows,) tokens of each sequence
+    sequences: list  # of ids (tokens,); those with the same prefix stand together
+    prefixes: list = None  # for each sequence the number of the one that it goes on from, which has none, or None
 
     def __post_init__(self):
         if self.model.config._attn_implementation != NAME:
             raise ValueError(
                 f"a model without this attention would mix sequences; model.set_attn_implementation({NAME!r})"
             )
-        self.device = self.model.device
-        self.width = int(self.lengths.max())
-        self.first = self.lengths.cumsum(0) - self.lengths  # (rows,) where each sequence begins
-        self.place = places(self.lengths, self.width, self.device)  # (N,)
-        self.position = self.place % self.width
-        self.parts, begin = [], 0
-        for lengths in split_by_length(self.lengths):
-            tokens, width = int(lengths.sum()), int(lengths.max())
-            place = self.place if len(lengths) == len(self.lengths) else places(lengths, width, self.device)
-            self.parts.append((slice(begin, begin + tokens), PaddedRows(len(lengths), width, place)))
-            begin += tokens
-
-    def inputs(self, input_ids):
-        """Returns the model's arguments for these sequences. input_ids: (rows, at least width), padded on the right."""
-        return {
-            "input_ids": input_ids[:, : self.width].to(self.device).flatten()[self.place][None],  # (1, N)
-            "position_ids": self.position[None],
+        lengths = torch.tensor([len(ids) for ids in self.sequences])
+        self.first = lengths.cumsum(0) - lengths  # (sequences,) where each one begins
+        prefixes, first, device = self.prefixes or [None] * len(lengths), self.first.tolist(), self.model.device
+        self.parts, begin, positions = [], 0, []
+        for prefix, numbers in itertools.groupby(range(len(lengths)), prefixes.__getitem__):
+            before = 0 if prefix is None else int(lengths[prefix])
+            for some in split_by_length(lengths[list(numbers)]):
+                if tokens := int(some.sum()):
+                    shared = slice(first[prefix], first[prefix] + before) if before else None
+                    place = places(some, int(some.max()))
+                    positions.append(place % int(some.max()) + before)
+                    rows = PaddedRows(len(some), int(some.max()), place.to(device), shared)
+                    self.parts.append((slice(begin, begin + tokens), rows))
+                    begin += tokens
+        self.inputs = {  # the model's arguments
+            "input_ids": torch.cat(self.sequences)[None].to(device),  # (1, N)
+            "position_ids": torch.cat(positions)[None].to(device),
             # A dummy, because a model without a mask makes one of N x N.
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
             "packing": self,
         }
 
@@ -59,27 +66,77 @@ def states_before_tokens(model, rollouts, after=0):
 
     The tokens are in the order of completion_mask. after = 1: the states at the completion tokens themselves.
     """
-    packing = Packing(model, rollouts.lengths - 1 + after)  # without the last token, which predicts nothing
+    sequences, prefixes, of_prompt, of_completion = sequences_of(rollouts, after)
+    packing = Packing(model, sequences, prefixes)
+    prompt_end = packing.first[of_prompt] + rollouts.prompt_lengths  # (B,)
+    begin = torch.where(of_prompt == of_completion, prompt_end, packing.first[of_completion])  # (B,)
     row, t = rollouts.completion_mask.nonzero(as_tuple=True)  # (tokens,) each
-    place = packing.first[row] + rollouts.prompt_lengths[row] + t - 1 + after
-    states = model.base_model(**packing.inputs(rollouts.input_ids), use_cache=False).last_hidden_state[0]  # (N, H)
+    t = t - 1 + after
+    place = torch.where(t < 0, prompt_end[row] - 1, begin[row] + t)
+    states = model.base_model(**packing.inputs, use_cache=False).last_hidden_state[0]  # (N, H)
     return states.index_select(0, place.to(model.device))
 
 
-def micro_batches(lengths, token_budget):
+def sequences_of(rollouts, after):
+    """Returns the sequences and prefixes for a Packing, and which sequence holds each row's prompt, and completion.
+
+    The last two are (B,). A prompt that several completions share is a sequence of its own. Any other stands in one
+    sequence with its completion. If after is 0, the last tokens are left out, because they predict nothing.
+    """
+    ids, numbers = rollouts.input_ids, prompt_numbers(rollouts)
+    prompt, end = rollouts.prompt_lengths.tolist(), (rollouts.lengths - 1 + after).tolist()
+    count, of_completion = Counter(numbers), list(numbers)
+    firsts = (numbers.index(number) for number in range(len(count)))
+    sequences = [ids[row, : prompt[row] if count[number] > 1 else end[row]] for number, row in enumerate(firsts)]
+    prefixes = [None] * len(sequences)
+    for row in sorted(range(len(numbers)), key=numbers.__getitem__):
+        if count[numbers[row]] > 1:
+            of_completion[row] = len(sequences)
+            sequences.append(ids[row, prompt[row] : end[row]])
+            prefixes.append(numbers[row])
+    return sequences, prefixes, torch.tensor(numbers), torch.tensor(of_completion)
+
+
+def prompt_numbers(rollouts):
+    """Returns the number of each completion's prompt, from 0 in the order of the rows, as a list.
+
+    Completions with the same prompt have the same number, unless it is short.
+    """
+    numbers, rows = {}, zip(rollouts.input_ids, rollouts.prompt_lengths.tolist(), strict=True)
+    keys = (row if n < SHORT_PROMPT else ids[:n].numpy().tobytes() for row, (ids, n) in enumerate(rows))
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def micro_batches(rollouts, token_budget):
+    """Yields the row numbers of batches of completions, with at most token_budget tokens. rollouts: Rollouts.
+
+    Completions that share a prompt are together, because it counts once in a batch.
+    """
+    return batches_of(rollouts.lengths, token_budget, prompt_numbers(rollouts), rollouts.prompt_lengths.tolist())
+
+
+def batches_of(lengths, token_budget, prompts=None, prompt_lengths=None):
     """Yields the row numbers of batches of at most token_budget tokens. lengths: (B,), on the CPU.
 
     Rows are taken longest first, so that rows of similar length are together. A row longer than the budget goes alone.
+    prompts, prompt_lengths: lists of B numbers. A row whose prompt's number is in the batch counts without the prompt.
     """
-    batch, room = [], token_budget
-    for row in lengths.argsort(descending=True, stable=True):
-        if batch and lengths[row] > room:
-            yield torch.stack(batch)
-            batch, room = [], token_budget
+    lengths = lengths.tolist()
+    prompts = list(range(len(lengths))) if prompts is None else prompts
+    longest = {}
+    for row, length in enumerate(lengths):
+        longest[prompts[row]] = max(length, longest.get(prompts[row], 0))
+    batch, room, read = [], token_budget, set()
+    for row in sorted(range(len(lengths)), key=lambda row: (-longest[prompts[row]], prompts[row], -lengths[row])):
+        tokens = lengths[row] - (prompt_lengths[row] if prompts[row] in read else 0)
+        if batch and tokens > room:
+            yield torch.tensor(batch)
+            batch, room, read, tokens = [], token_budget, set(), lengths[row]
         batch.append(row)
-        room -= int(lengths[row])
+        read.add(prompts[row])
+        room -= tokens
     if batch:
-        yield torch.stack(batch)
+        yield torch.tensor(batch)
 
 
 def in_micro_batches(rollouts, compute, token_budget):
@@ -88,16 +145,16 @@ def in_micro_batches(rollouts, compute, token_budget):
     rollouts: Rollouts. compute: a function of Rollouts.
     """
     results = None
-    for rows in micro_batches(rollouts.lengths, token_budget):
+    for rows in micro_batches(rollouts, token_budget):
         part = compute(rollouts.select(rows))
         results = part.new_zeros(rollouts.completion_mask.shape) if results is None else results
         results[rows.to(part.device)] = part
     return torch.zeros(rollouts.completion_mask.shape) if results is None else results
 
 
-def places(lengths, width, device):
+def places(lengths, width):
     """Returns (N,): the index of each of the N tokens in rows of that width, laid out one after the other."""
-    return (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1).to(device)
+    return (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)
 
 
 def split_by_length(lengths):
@@ -122,6 +179,7 @@ class PaddedRows:
     rows: int
     width: int  # length of the longest
     place: torch.Tensor  # (tokens,) index of each token in the rows laid out one after the other
+    prefix: slice = None  # the packed tokens that stand before each of them
 
     def unpack(self, states):
         """Turns (1, heads, tokens, D) into (rows, heads, width, D), with 0 at padding."""
@@ -132,6 +190,12 @@ class PaddedRows:
             .view(self.rows, self.width, heads, size)
             .transpose(1, 2)
         )
+
+    def with_prefix(self, packed, states):
+        """Returns states (rows, heads, width, D) behind those of the prefix, which are among the packed ones."""
+        if self.prefix is None:
+            return states
+        return torch.cat([packed[:, :, self.prefix].expand(self.rows, -1, -1, -1), states], 2)
 
     def pack(self, states):
         """Turns (rows, width, heads, D) into (1, tokens, heads, D)."""
@@ -144,17 +208,23 @@ def attention(module, query, key, value, attention_mask, packing=None, **options
         return attention_of_rows(module, query, key, value, attention_mask, **options), None
     outputs = []
     for tokens, rows in packing.parts:  # causal attention: no token sees the padding after its sequence
-        states = (rows.unpack(states[:, :, tokens]) for states in (query, key, value))
-        outputs.append(rows.pack(attention_of_rows(module, *states, None, **options)))
+        queries, keys, values = (rows.unpack(states[:, :, tokens]) for states in (query, key, value))
+        keys, values = rows.with_prefix(key, keys), rows.with_prefix(value, values)
+        outputs.append(rows.pack(attention_of_rows(module, queries, keys, values, None, **options)))
     return torch.cat(outputs, 1), None
 
 
 def attention_of_rows(module, query, key, value, attention_mask, sliding_window=None, **options):
-    """Turns (rows, heads, queries or keys, D) into (rows, queries, heads, D)."""
-    if sliding_window is not None and key.shape[2] > sliding_window:
-        queries, keys = (torch.arange(n, device=query.device) for n in (query.shape[2], key.shape[2]))
-        distance = (queries[:, None] + len(keys) - len(queries)) - keys  # (queries, keys)
-        near = (distance >= 0) & (distance < sliding_window)
+    """Turns (rows, heads, queries or keys, D) into (rows, queries, heads, D). Without a mask, attention is causal.
+
+    The last query is at the place of the last key.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    window = sliding_window or keys
+    if window < keys or attention_mask is None and queries < keys:
+        place, of_key = torch.arange(keys - queries, keys, device=query.device), torch.arange(keys, device=query.device)
+        distance = place[:, None] - of_key  # (queries, keys)
+        near = (distance >= 0) & (distance < window)
         attention_mask = near[None, None] if attention_mask is None else attention_mask & near
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
 

@@ -74,7 +74,7 @@ class Rollouts:
 
 def in_places(values, completion_mask):
     """Turns one number per completion token, (tokens,), into (B, T), with 0 where masked. It has their gradient."""
-    blank = torch.zeros(completion_mask.shape, device=values.device)
+    blank = values.new_zeros(completion_mask.shape)
     return blank.masked_scatter(completion_mask.to(values.device), values)
 
 

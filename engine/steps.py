@@ -1,4 +1,4 @@
-"""The optimizer's steps: their learning rate, and their size."""
+"""The optimizer's steps: what they are taken on, their learning rate, and their size."""
 
 import math
 
@@ -19,6 +19,17 @@ def learning_rate_at(step, c, prefix=""):
     progress = (step - c.WARMUP_STEPS - 1) / max(1, last - c.WARMUP_STEPS)
     factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
     return peak * factor[schedule]
+
+
+def split_at_random(rows, parts, together, generator):
+    """Returns the numbers of completions, rows (n,), ascending, as at most that many parts of like size, at random.
+
+    together: completions that stay together, such as a group's, of which some may be missing in rows.
+    """
+    sizes = (rows // together).unique_consecutive(return_counts=True)[1]
+    units = rows.split(sizes.tolist())
+    order = torch.randperm(len(units), generator=generator)
+    return [torch.cat([units[i] for i in some]) for some in order.tensor_split(parts) if len(some)]
 
 
 def take_step(optimizer, max_norm, losses):

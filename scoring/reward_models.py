@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from configs import InputError
-from engine.packing import micro_batches
+from engine.packing import batches_of
 from inputs.errors import short
 from inputs.models import check_vocabulary, frozen_dtype, load_model, load_tokenizer
 
@@ -21,7 +21,7 @@ def load_reward_model(c, device, policy_tokenizer):
     tokenizer = load_tokenizer(c.REWARD_MODEL, "REWARD_MODEL", **options)
 
     def batches(lengths):
-        return micro_batches(lengths, c.MICRO_BATCH_TOKENS)
+        return batches_of(lengths, c.MICRO_BATCH_TOKENS)
 
     if c.USE_SEQUENCE_LEVEL_REWARD:
         return RewardModel(model, tokenizer, c.REWARD_MODEL, batches)

@@ -391,7 +391,7 @@ def test_a_reward_model_sees_its_own_template_and_a_cut_is_counted(tokenizer, mo
         **SIZES | {"max_position_embeddings": 48}, vocab_size=len(tokenizer), num_labels=1
     )
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    reward = RewardModel(model, tokenizer, "made here", lambda lengths: packing.micro_batches(lengths, 30))
+    reward = RewardModel(model, tokenizer, "made here", lambda lengths: packing.batches_of(lengths, 30))
     rows = [{"prompt": "2+3", "messages": [{"role": "user", "content": "2+3"}]}] * 3
     texts = ["5", "6 and more words to make it long" * 8, "5"]
     scores = reward(rows, texts, None)

@@ -256,14 +256,14 @@ def test_token_advantages_have_no_nan_and_do_not_see_padding(script, kind, data)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), budget=st.integers(1, 100))
 def test_every_token_goes_through_once_whatever_the_lengths_and_the_budget(lengths, budget):
     lengths = torch.tensor(lengths)
-    batches = list(packing.micro_batches(lengths, budget))
+    batches = list(packing.batches_of(lengths, budget))
     assert sorted(torch.cat(batches).tolist()) == list(range(len(lengths)))
     assert all(len(rows) == 1 or lengths[rows].sum() <= budget for rows in batches)
     for rows in batches:
         ids = torch.arange(int(lengths.max())) + 100 * (1 + rows[:, None])  # of row and place
-        packed = packing.Packing(MODEL, lengths[rows])
         expected = [ids[i, : lengths[row]] for i, row in enumerate(rows)]  # one after the other
-        inputs = packed.inputs(ids)
+        packed = packing.Packing(MODEL, expected)
+        inputs = packed.inputs
         assert torch.equal(inputs["input_ids"][0], torch.cat(expected))
         assert torch.equal(inputs["position_ids"][0], torch.cat(expected) % 100)
         states = inputs["input_ids"].view(1, 1, -1, 1)

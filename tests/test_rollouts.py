@@ -6,7 +6,7 @@ import transformers
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gspo
-from engine import decoding, packing, sampling
+from engine import decoding, packing, sampling, steps
 from engine.cache import GrowingCache, with_cache
 from engine.memory import FitToMemory
 from engine.rollouts import Rollouts
@@ -88,15 +88,61 @@ def test_sampled_and_recomputed_log_probs_equal_the_naive_ones(model, temperatur
 
 def test_packing_long_sequences_with_short_ones_changes_no_log_prob(model):
     lengths = torch.tensor([120, 9, 100, 3, 5, 7, 4, 30])
-    packed = packing.Packing(model, lengths)
-    assert len(packed.parts) > 1
     ids = torch.randint(0, VOCABULARY, (8, 120), generator=torch.Generator().manual_seed(0))
+    packed = packing.Packing(model, [row[:n] for row, n in zip(ids, lengths, strict=True)])
+    assert len(packed.parts) > 1
     with torch.no_grad():
-        together = model.base_model(**packed.inputs(ids), use_cache=False).last_hidden_state[0]
+        together = model.base_model(**packed.inputs, use_cache=False).last_hidden_state[0]
         model.set_attn_implementation("eager")
         alone = [model.base_model(row[None, :n]).last_hidden_state[0] for row, n in zip(ids, lengths, strict=True)]
         model.set_attn_implementation(packing.NAME)
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def places_through(model, work):
+    """Returns work(), and how many token places went through the layers meanwhile."""
+    counted = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, __, given: counted.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    result = work()
+    hook.remove()
+    return result, sum(counted)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 4])
+def test_a_prompt_that_completions_share_goes_through_once_with_the_same_gradient(sliding_window, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "initializer_range": 0.3}
+    window = {"sliding_window": sliding_window, "layer_types": ["sliding_attention"] * 2} if sliding_window else {}
+    window |= {"use_sliding_window": True, "max_window_layers": 0} if sliding_window else {}
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, **heads, **window)).double().eval()
+    model.set_attn_implementation(packing.NAME)
+    rollouts = sample(model, tokens=12)
+    rollouts.completion_lengths[0] = 1  # its last token predicts nothing, so nothing of it goes through
+    rollouts.completion_mask[0, 1:] = False
+    mixed = rollouts.select(torch.tensor([8, 0, 5, 9, 1, 10, 13, 4, 2]))  # a group in several places, a row alone
+    found = {}
+    for short in (1, 100):
+        monkeypatch.setattr(packing, "SHORT_PROMPT", short)
+        model.zero_grad()
+        (logps, _), before = places_through(model, lambda: gspo.completion_logps(model, mixed))
+        weights = torch.rand(logps.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        (logps * weights).sum().backward()
+        states, after = places_through(model, lambda: packing.states_before_tokens(model, mixed, after=1).detach())
+        found[short] = logps.detach(), states, *(p.grad.clone() for p in model.parameters()), before + after
+    *once, fewer = found[1]
+    *each, places = found[100]
+    for a, b in zip(once, each, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)  # norms compute in float32
+    assert places == int((2 * mixed.lengths - 1).sum())  # of both passes
+    # Rows 0, 1, 2 share 3 tokens; 4, 5 a single one; 8, 9, 10 share 6; 13 stands alone.
+    assert places - fewer == 2 * (2 * 3 + 1 + 2 * 6)
+    for i in range(len(mixed.texts)):
+        prompt = mixed.input_ids[i, : mixed.prompt_lengths[i]].tolist()
+        expected, _ = naive_logps(model, prompt, completion(mixed, i))
+        torch.testing.assert_close(once[0][i, : len(expected)], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_is_the_same_alone_and_in_a_left_padded_batch(model):
@@ -261,9 +307,37 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     torch.testing.assert_close(logps, probs.log()[tokens])  # of the full distribution
 
 
+def test_a_shared_prompt_counts_once_in_a_micro_batch(model, monkeypatch):
+    rollouts = sample(model)  # prompts of 3, 1, 6 and 3 tokens, four completions each
+    monkeypatch.setattr(packing, "SHORT_PROMPT", 1)
+    for budget in (1, 20, 40, 1000):
+        batches = list(packing.micro_batches(rollouts, budget))
+        assert sorted(torch.cat(batches).tolist()) == list(range(16))
+        for rows in batches:
+            read = {int(row) // 4: int(rollouts.prompt_lengths[row]) for row in rows}
+            assert len(rows) == 1 or sum(read.values()) + int(rollouts.completion_lengths[rows].sum()) <= budget
+    (everything,) = packing.micro_batches(rollouts, 1000)
+    groups = [int(row) // 4 for row in everything]
+    assert len([1 for a, b in zip(groups, groups[1:], strict=False) if a != b]) == 3  # each group in one piece
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_mini_batches_are_a_random_split_that_can_keep_groups_whole(together):
+    rows = torch.tensor([0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11])  # 5 is not in the loss
+    seen = set()
+    for seed in range(20):
+        parts = steps.split_at_random(rows, 2, together, torch.Generator().manual_seed(seed))
+        assert len(parts) == 2 and sorted(torch.cat(parts).tolist()) == rows.tolist()
+        groups = [{row // 4 for row in part.tolist()} for part in parts]
+        assert together == 1 or not groups[0] & groups[1]
+        seen.add(tuple(sorted(parts[0].tolist())))
+    assert len(seen) == (3 if together == 4 else 20)  # any two of the three groups
+    assert len(steps.split_at_random(rows, 5, 4, torch.Generator())) == 3
+
+
 def test_micro_batches_hold_every_row_once_within_the_budget():
     lengths = torch.tensor([3, 50, 7, 7, 20, 1, 100, 7])
-    batches = list(packing.micro_batches(lengths, 60))
+    batches = list(packing.batches_of(lengths, 60))
     assert sorted(torch.cat(batches).tolist()) == list(range(8))
     for rows in batches:
         assert len(rows) == 1 or int(lengths[rows].sum()) <= 60

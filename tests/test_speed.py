@@ -160,20 +160,26 @@ def test_benchmarks_count_the_operations_that_a_naive_pass_does(small, monkeypat
 
     model = small.GSPOTrainer().policy
     model.set_attn_implementation("eager")
-    pairs, of_passes = [(5, 3), (5, 1), (2, 7), (2, 4)], []
-    for prompt, completion in pairs:
-        ids = torch.ones(1, prompt + completion - 1, dtype=torch.long)  # after the last token nothing is predicted
+
+    def naive(tokens, predicting):
         with FlopCounterMode(display=False) as counter:
-            model(ids, logits_to_keep=completion)
+            model(torch.ones(1, tokens, dtype=torch.long), logits_to_keep=predicting)
         found = counter.get_flop_counts()["Global"]
         pairs_of_tokens = found.pop(torch.ops.aten.bmm)  # all of them; causal attention sees half of them
-        of_passes.append(sum(found.values()) + pairs_of_tokens / 2)
-    counted = workloads.flops(model, pairs, group_size=2)
-    of_passes = pytest.approx(sum(of_passes), rel=1e-3)  # the angles of positions are products, too
-    assert counted["update"] / 3 == of_passes == counted["step"] - counted["rollout"] - counted["update"]
-    prompts_again = sum(workloads.flops(model, [(p, 1)], 1)["rollout"] for p, _ in pairs[::2])  # and each group's head
+        return sum(found.values()) + pairs_of_tokens / 2
+
+    sizes = [(0, 5, 3), (0, 5, 1), (1, 2, 7), (1, 2, 4)]  # two groups of two completions
+    whole = sum(naive(p + t - 1, t) for _, p, t in sizes)  # after the last token nothing is predicted
     head = 2 * model.config.vocab_size * model.config.hidden_size
-    assert counted["rollout"] + prompts_again - 2 * head == of_passes
+    prompts_again = sum(naive(p, 1) - head for _, p, _ in sizes[::2])  # a group's second completion shares its prompt
+    counted = workloads.flops(model, sizes, sizes[2:], with_reference=True)
+    assert counted["rollout"] == pytest.approx(whole - prompts_again, rel=1e-3)  # angles of positions are products, too
+    of_second_group = naive(8, 7) + naive(5, 4) - (naive(2, 1) - head)
+    assert counted["update"] == pytest.approx(3 * of_second_group, rel=1e-3)
+    assert counted["step"] == 2 * counted["rollout"] + counted["update"]
+    without = workloads.flops(model, sizes, sizes[2:], with_reference=False)
+    assert without["step"] == counted["rollout"] + counted["update"]
+    assert workloads.useful_tokens(sizes) == 5 + 2 + 2 + 0 + 6 + 3
 
 
 def test_packed_sequences_are_cut_if_rows_would_be_mostly_padding():
