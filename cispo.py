@@ -156,7 +156,7 @@ limits = {
     "LOSS_AGGREGATION": (str, ("token_mean", "sequence_mean"), None),
     "RARE_BELOW": (float, lambda v: 0 < v < 1, "a probability, in (0, 1)"),
 }
-presets = {"gsm8k": {"OVERLONG_CACHE": 256}}
+presets = {"gsm8k": {"OVERLONG_CACHE": 256}, "smollm2": {"OVERLONG_CACHE": 4}, "smollm2-lora": {"OVERLONG_CACHE": 4}}
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------
 # Pure functions of tensors, in whatever floating dtype they are given. B completions (= prompts x G, the groups

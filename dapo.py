@@ -162,7 +162,7 @@ limits = {
     "OVERLONG_CACHE": (int, lambda v: v >= 0, "0 or more tokens before the limit; 0 is off"),
     "LOSS_AGGREGATION": (str, ("token_mean", "sequence_mean"), None),
 }
-presets = {"gsm8k": {"OVERLONG_CACHE": 256}}
+presets = {"gsm8k": {"OVERLONG_CACHE": 256}, "smollm2": {"OVERLONG_CACHE": 4}, "smollm2-lora": {"OVERLONG_CACHE": 4}}
 may_change = ("MAX_RESAMPLES",)  # when a run is resumed
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
     python data/make_words.py            # a second; writes data/words/{train,test}.jsonl
 
-A row is a chat: an empty system message, a solved example, and a problem. The example shows the form of an answer,
+A row is a chat: an empty system message, two solved examples, and a problem. The examples show the form of an answer,
 because a model of 135 M parameters follows an example where it does not follow a description. All rows have the same
-example. The system message is empty because SmolLM2's chat template would otherwise add one of 20 tokens.
+ones. The system message is empty because SmolLM2's chat template would otherwise add one of 20 tokens.
 
-Numbers are chosen so that the model is sometimes right. It never gets a difference right that needs borrowing, such as
-21 − 4. What is never sampled is never rewarded, so such problems are left out.
+Numbers are small, so that the model is sometimes right, because what is never sampled is never rewarded. It gets no
+difference right that needs borrowing, such as 21 − 4, and few whose second number has two digits.
 
 Train and test share no sum: if 5 + 9 is in one of them, then 9 + 5, 14 − 5 and 14 − 9 are not in the other.
 """
@@ -18,39 +18,46 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SIZES = {"test": 256, "train": 1024}
-LARGEST = 29  # of the terms of a sum; the smallest is 2, because one of a thing would need another grammar
-HELD_OUT = 0.15  # share of the sums that only the test has
+LARGEST = 18  # of the terms of a sum; the smallest is 2, because one of a thing would need another grammar
+LARGEST_TAKEN = 9  # of what is taken away
+HELD_OUT = 0.25  # share of the sums that only the test has
+DIFFERENCES = 1 / 3  # share of the problems
 NAMES = "Ann Ben Carla Dan Emma Finn Gina Hugo Ida Jack Kim Leo Mia Noah Olga Paul".split()
 THINGS = "apples balls books cards coins cups eggs flags keys marbles pens plums shells stamps stones toys".split()
-MORE = "gets {b} more", "finds {b} more", "buys {b} more", "takes {b} more"
-FEWER = "loses {b}", "sells {b}", "gives {b} to {other}", "drops {b} of them"
-STORY = "{name} has {a} {things} and {event}. How many {things} does {name} have now?"
-EXAMPLE = [
+MORE = "gets {b} more", "finds {b} more", "buys {b} more", "makes {b} more"
+FEWER = "loses {b}", "drops {b}", "sells {b}", "gives {b} away"
+
+
+def story(name, start, things, event, more):
+    end = "in all" if more else "left"
+    return f"{name} has {start} {things} and {event}. How many {things} does {name} have {end}?"
+
+
+EXAMPLES = [
     {"role": "system", "content": ""},
-    {"role": "user", "content": "Sam has 14 nuts and gets 5 more. How many nuts does Sam have now?"},
+    {"role": "user", "content": story("Sam", 14, "nuts", "gets 5 more", True)},
     {"role": "assistant", "content": "14 + 5 = 19\n#### 19"},
+    {"role": "user", "content": story("Eva", 17, "pins", "loses 4", False)},
+    {"role": "assistant", "content": "17 - 4 = 13\n#### 13"},
 ]
 
 
 def sums(rng):
-    """Returns the sums of the test and of the train problems, {name: [(a, b)]}, without that of the example."""
-    every = [(a, b) for a in range(2, LARGEST + 1) for b in range(2, a + 1) if (a, b) != (14, 5)]
+    """Returns the sums of the test and of the train problems, {name: [(a, b)]}, without those of the examples."""
+    every = [(a, b) for a in range(2, LARGEST + 1) for b in range(2, a + 1) if (a, b) not in ((14, 5), (13, 4))]
     rng.shuffle(every)
     held_out = round(HELD_OUT * len(every))
     return {"test": every[:held_out], "train": every[held_out:]}
 
 
-def row_of(rng, a, b):
-    """Returns a row whose problem is a + b, or one of its two differences if that needs no borrowing."""
-    name, other = rng.sample(NAMES, 2)
-    a, b = rng.sample((a, b), 2)
-    if rng.random() < 0.5 and (a + b) % 10 >= b % 10:
-        start, events, answer = a + b, FEWER, a
-    else:
-        start, events, answer = a, MORE, a + b
-    event = rng.choice(events).format(b=b, other=other)
-    story = STORY.format(name=name, a=start, things=rng.choice(THINGS), event=event)
-    return {"prompt": [*EXAMPLE, {"role": "user", "content": story}], "answer": str(answer)}
+def row_of(rng, some):
+    """Returns a row whose problem is one of some sums (a, b), or a difference: a + b, of which b are taken away."""
+    every = [pair for a, b in some for pair in ((a, b), (b, a))]
+    more = rng.random() >= DIFFERENCES
+    a, b = rng.choice([(a, b) for a, b in every if more or b <= LARGEST_TAKEN and (a + b) % 10 >= b % 10])
+    event = rng.choice(MORE if more else FEWER).format(b=b)
+    text = story(rng.choice(NAMES), a if more else a + b, rng.choice(THINGS), event, more)
+    return {"prompt": [*EXAMPLES, {"role": "user", "content": text}], "answer": str(a + b if more else a)}
 
 
 def make_words(folder, seed):
@@ -59,7 +66,7 @@ def make_words(folder, seed):
     for name, some in sums(rng).items():
         lines = {}
         while len(lines) < SIZES[name]:
-            lines[json.dumps(row_of(rng, *rng.choice(some))) + "\n"] = None
+            lines[json.dumps(row_of(rng, some)) + "\n"] = None
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
