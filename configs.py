@@ -451,7 +451,7 @@ RULES = {
     "TEMPERATURE": (float, _positive, "positive; evaluation decodes greedily by itself"),
     "TOP_P": (float, lambda v: 0 < v <= 1, "in (0, 1]; 1 is off"),
     "COEF": (float, _not_negative, "0 or more; 0 is off"),
-    "KL_COEF": (float, _not_negative, "0 or more; 0 with --no-adaptive-kl leaves the reference out"),
+    "KL_COEF": (float, _not_negative, "0 or more; 0 is off, without a reference model"),
     "TARGET_KL": (float, _positive, "positive, in nats per token"),
     "EVAL_EVERY": (int, _not_negative, "0 or more steps; 0 evaluates only before the first step and at the end"),
     "EVAL_SIZE": (int, _positive, "at least 1 held-out prompt"),

@@ -106,7 +106,7 @@ LOSS_AGGREGATION = "sequence_mean"  # "sequence_mean" (paper), "token_mean" (DAP
 LOSS_DIVISOR = 64  # tokens; what "constant" divides the sum over a sequence's tokens by
 ADVANTAGE_TYPE = "normalized"  # "relative" (minus the group mean; Dr. GRPO) or "normalized" (and over the std; paper)
 ENTROPY_COEF = 0.0  # weight of the entropy bonus; 0 computes none
-KL_COEF = 0.04  # weight of the KL to the reference model; paper: 0.04
+KL_COEF = 0.04  # weight of the KL to the reference model; 0 loads none; paper: 0.04
 KL_ESTIMATOR = "k3"  # "k1", "k2", "k3" (paper) or "ratio_k3"; compute_kl_loss says which gradient each has
 TARGET_KL = 0.6  # nats per token that ADAPTIVE_KL aims at
 ADAPTIVE_KL = False  # raise the KL weight above twice the target, lower it below half of it
@@ -333,7 +333,7 @@ class GRPOTrainer:
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.beside = {}  # further models that train, by name
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-        self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
+        self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL and KL_COEF > 0 else KL_COEF
         self.metrics_history, self.samples, self.skipped = [], [], []
         self.run = None  # made by train(), so that a run that never started leaves nothing behind
 

@@ -105,7 +105,7 @@ CLIP_LOW = 0.03  # s_i is clipped at 1 - this; paper: 3e-4, for long texts: the 
 CLIP_HIGH = 0.04  # s_i is clipped at 1 + this; paper: 4e-4
 ADVANTAGE_TYPE = "relative"  # "relative" (minus the group mean) or "normalized" (and over the group's std; paper)
 ENTROPY_COEF = 0.001  # weight of the entropy bonus; 0 computes none
-KL_COEF = 0.04  # first weight of the KL to the reference model; paper: 0
+KL_COEF = 0.04  # first weight of the KL to the reference model; 0 loads none; paper: 0
 TARGET_KL = 0.6  # nats per token that ADAPTIVE_KL aims at
 ADAPTIVE_KL = True  # raise the KL weight above twice the target, lower it below half of it
 
@@ -353,7 +353,7 @@ class GSPOTrainer:
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.beside = {}  # further models that train, by name
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-        self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
+        self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL and KL_COEF > 0 else KL_COEF
         self.metrics_history, self.samples, self.skipped = [], [], []
         self.run = None  # made by train(), so that a run that never started leaves nothing behind
 

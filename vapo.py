@@ -363,7 +363,7 @@ class VAPOTrainer:
         self.critic.optimizer = torch.optim.AdamW(self.critic.trained().values(), weight_decay=WEIGHT_DECAY, fused=True)
         self.beside = {"critic": self.critic}  # further models that train, by name
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-        self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL else KL_COEF
+        self.kl_coef = min(max(KL_COEF, 0.01), 1.0) if ADAPTIVE_KL and KL_COEF > 0 else KL_COEF
         self.metrics_history, self.samples, self.skipped = [], [], []
         self.run = None  # made by train(), so that a run that never started leaves nothing behind
 

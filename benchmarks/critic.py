@@ -29,7 +29,7 @@ from seeds import seconds_of
 from workloads import ROOT, WORKLOADS, prepare
 
 SCRIPTS = ("grpo.py", "ppo.py", "vapo.py")
-SAME = "--group-size 8 --kl-coef 0 --no-adaptive-kl --sample-groups 0 --eval-size 8 --eval-samples 1 --eval-every 0"
+SAME = "--group-size 8 --kl-coef 0 --sample-groups 0 --eval-size 8 --eval-samples 1 --eval-every 0"
 OF_SCRIPT = {"vapo.py": ["--value-pretrain-steps", "0"]}
 STEPS = {"embedded": 20, "longtail": 6}
 

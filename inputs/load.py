@@ -114,7 +114,7 @@ def load_policy_and_reference(c, devices, tokenizer):
     policy = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", devices["POLICY_DEVICE"], dtype=dtype, **options)
     check_policy(policy, tokenizer, "POLICY_MODEL")
     adapter = reference = None
-    has_kl = c.KL_COEF > 0 or c.ADAPTIVE_KL
+    has_kl = c.KL_COEF > 0
     if c.LORA_RANK > 0:
         with torch.random.fork_rng(devices=[]):  # peft draws the adapters' first weights
             torch.manual_seed(c.SEED)

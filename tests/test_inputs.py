@@ -85,7 +85,7 @@ def test_overlap_is_warned_about_and_a_sorted_file_is_sampled_by_seed(small, tmp
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "level": b} for b in (1, 7) for a in range(40, 80)]
     small.EVAL_PROMPTS = jsonl(tmp_path / "sorted.jsonl", *rows)
     small.PROMPTS = jsonl(tmp_path / "train.jsonl", *rows[:5], {"prompt": "1+1=", "answer": "2"})
-    small.EVAL_SIZE, small.REWARDS, small.KL_COEF, small.ADAPTIVE_KL = 20, "exact_match", 0.0, False
+    small.EVAL_SIZE, small.REWARDS, small.KL_COEF = 20, "exact_match", 0.0
     chosen = []
     for small.SEED in (0, 0, 1):
         chosen.append([row["prompt"] for row in small.GSPOTrainer().eval_rows])

@@ -411,8 +411,7 @@ def token_scorer(tokenizer, tmp_path):
     config = transformers.Qwen3Config(**SIZES, vocab_size=len(tokenizer), num_labels=1)
     transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(tmp_path / "scorer")
     tokenizer.save_pretrained(tmp_path / "scorer")
-    per_token = {"USE_SEQUENCE_LEVEL_REWARD": False, "REWARD_MODEL": str(tmp_path / "scorer"), "KL_COEF": 0.0}
-    return per_token | {"ADAPTIVE_KL": False}
+    return {"USE_SEQUENCE_LEVEL_REWARD": False, "REWARD_MODEL": str(tmp_path / "scorer"), "KL_COEF": 0.0}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

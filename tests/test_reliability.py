@@ -440,7 +440,7 @@ def test_closed_or_ascii_output_ends_no_run_and_a_log_gets_a_line_per_step(tmp_p
         str(tmp_path / "rows.jsonl"),
         "--no-tensorboard",
     ]
-    argv += ["--output-dir", str(tmp_path / "outputs"), "--save-every", "0", "--kl-coef", "0", "--no-adaptive-kl"]
+    argv += ["--output-dir", str(tmp_path / "outputs"), "--save-every", "0", "--kl-coef", "0"]
 
     def in_ascii():
         sys.stdout, sys.stderr = (open(number, "w", encoding="ascii", closefd=False) for number in (1, 2))
@@ -586,7 +586,7 @@ def test_a_longer_run_under_a_falling_schedule_says_what_the_rate_will_do(tmp_pa
 def test_ten_steps_without_a_signal_are_warned_about_once_and_the_clip_is_not_blamed(tmp_path, capsys, monkeypatch):
     scores_while_training(monkeypatch, lambda name, texts: [(0.0, None)] * len(texts))
     monkeypatch.setattr(progress, "IDLE_STEPS", 2)
-    constants = {"MAX_STEPS": 4, "REWARDS": "exact_match", "ENTROPY_COEF": 0.0, "KL_COEF": 0.0, "ADAPTIVE_KL": False}
+    constants = {"MAX_STEPS": 4, "REWARDS": "exact_match", "ENTROPY_COEF": 0.0, "KL_COEF": 0.0}
     set_up(gspo, tmp_path, **constants).train()
     out = capsys.readouterr().out
     assert out.count("in 2 steps no group had a signal") == 1 and "lower CLIP_LOW" not in out

@@ -231,10 +231,11 @@ def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none
         "completion_logps",
         lambda *a, **k: (asked.append(k.get("with_entropy", False)), completion_logps(*a, **k))[1],
     )
-    small.KL_COEF, small.ADAPTIVE_KL, small.ENTROPY_COEF, small.REWARDS = 0.0, False, 0.0, "exact_match"
+    small.KL_COEF, small.ADAPTIVE_KL, small.ENTROPY_COEF, small.REWARDS = 0.0, True, 0.0, "exact_match"
     trainer = trainer_of(small)
     history = trainer.train()
     assert loaded == ["POLICY_MODEL"] and trainer.reference is None and not any(asked)
+    assert [row["kl_coef"] for row in history[1:]] == [0.0, 0.0]  # there is nothing to adapt
     assert history[1]["kl_divergence"] is None and history[1]["kl_loss"] == history[1]["entropy_loss"] == 0
     assert plotting.draw_run(trainer.run.folder).is_file()
 

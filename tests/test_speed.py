@@ -74,7 +74,7 @@ def test_a_step_puts_each_token_through_each_model_once_and_no_padding(small_scr
 
 def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_script):
     script = small_script
-    script.KL_COEF, script.ADAPTIVE_KL, script.ENTROPY_COEF, script.MAX_GRAD_NORM = 0.0, False, 0.0, 1e9
+    script.KL_COEF, script.ENTROPY_COEF, script.MAX_GRAD_NORM = 0.0, 0.0, 1e9
     trainer = trainer_of(script)
     trainer.optimizer.step = lambda: None
     rollouts = trainer.generate_responses_with_group_sampling(1)
