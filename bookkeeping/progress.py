@@ -1,9 +1,11 @@
-"""Prints a run: its progress bar or a line per step, warnings about what has no effect, and the final summary."""
+"""Prints a run: its progress bar or a line per step, warnings about what does not act or does harm, and the summary."""
 
 import sys
+from math import hypot
 
 from tqdm import tqdm
 
+from bookkeeping.evaluation import wilson_interval
 from bookkeeping.metrics import idle_clip
 
 IDLE_STEPS = 10  # steps without any clipping, or without any signal, before there is a warning
@@ -36,6 +38,38 @@ class Progress:
 
     def close(self):
         self.bar.close()
+
+
+def warn_about_learning_rate(constants, policy):
+    """Warns if LEARNING_RATE is far too high for a policy of this size.
+
+    Adapters are not judged, because they want a higher rate, about 1e-4, at any size.
+    """
+    weights = sum(parameter.numel() for parameter in policy.parameters())
+    usual = max(1e3 / weights, 1e-6)  # 7e-6 for 135 M weights, 2e-6 for 0.6 B
+    if constants.LORA_RANK == 0 and constants.LEARNING_RATE > 10 * usual:
+        too_high = f"LEARNING_RATE = {constants.LEARNING_RATE:g} is far too high for {weights / 1e6:.1f} M weights"
+        print(f"Warning: {too_high}, and may undo what they have learned; give about --learning-rate {usual:.0e}")
+
+
+def say_if_accuracy_fell(history, prompts, files):
+    """Warns if held-out accuracy is less than half of the best one before, and if that can hardly be chance.
+
+    Chance is the 95 % interval of the difference of two shares, from Wilson's of each (Newcombe 1998). prompts: how
+    many are held out. files: the RunFolder.
+    """
+    *before, now = (row for row in history if "eval_accuracy" in row)
+    best = max(before, key=lambda row: row["eval_accuracy"], default=now)
+    accuracy, most = now["eval_accuracy"], best["eval_accuracy"]
+    chance = hypot(most - wilson_interval(most, prompts)[0], wilson_interval(accuracy, prompts)[1] - accuracy)
+    if accuracy >= most / 2 or most - accuracy <= chance:
+        files.well_again("accuracy")
+    else:
+        fell = f"{most:.3f} after step {best['step']} to {accuracy:.3f} after step {now['step']}"
+        path = files.path / "checkpoints" / f"step-{best['step']}"
+        remedy = "start a new run with a lower --learning-rate"
+        remedy += f"; {path} holds the best weights" if path.is_dir() else ""
+        files.complain("accuracy", f"held-out accuracy fell from {fell}; {remedy}")
 
 
 def say_what_does_not_act(step, history, constants, files):

@@ -12,7 +12,13 @@ import plotting
 from bookkeeping import checkpoints, resuming, sample_page
 from bookkeeping.boards import Boards, Profiler
 from bookkeeping.folder import RunFolder, finite
-from bookkeeping.progress import Progress, print_summary, say_what_does_not_act
+from bookkeeping.progress import (
+    Progress,
+    print_summary,
+    say_if_accuracy_fell,
+    say_what_does_not_act,
+    warn_about_learning_rate,
+)
 from bookkeeping.saving import Saver, state_of
 from bookkeeping.signals import Stopped, StopSignals, lossy_streams
 from configs import InputError
@@ -74,6 +80,7 @@ class Run:
         self.progress = None  # until the steps begin
         self.in_step = False  # True from a step's first sample to its last update, when no checkpoint can be taken
         configs.warn_about_constants(self.constants)
+        warn_about_learning_rate(self.constants, trainer.policy)
         self.boards = Boards(self.constants)
         resumed = resuming.run_to_resume(self.constants) if self.constants.RESUME else None
         self.files = RunFolder(self.constants, resumed)
@@ -208,6 +215,8 @@ class Run:
         if step > 0:
             if "eval_accuracy" in metrics or time.perf_counter() - self.drawn > DRAW_EVERY:
                 self._draw()
+            if "eval_accuracy" in metrics:
+                say_if_accuracy_fell(self.history, len(self.trainer.eval_rows), self.files)
             say_what_does_not_act(step, self.history, self.constants, self.files)
             self.progress.show(self.history)
         if last:

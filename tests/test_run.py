@@ -336,6 +336,44 @@ def test_constants_that_cannot_work_are_warned_about(small, capsys, monkeypatch)
     assert progress.idle_clip([{"clip_fraction": 0.1, "updates": 2}]) is None
 
 
+def test_a_learning_rate_far_above_what_the_policys_size_wants_is_warned_about(small, capsys):
+    constants = configs.snapshot(vars(gspo))
+    for thousands, rate, lora_rank, warned in (
+        (300, 1e-3, 0, False),  # the embedded policy
+        (135_000, 1e-3, 0, True),
+        (135_000, 1e-5, 0, False),
+        (135_000, 1e-3, 16, False),
+        (600_000, 1e-4, 0, True),
+        (600_000, 1e-6, 0, False),
+        (70_000_000, 2e-6, 0, False),
+    ):
+        vars(constants).update(LEARNING_RATE=rate, LORA_RANK=lora_rank)
+        progress.warn_about_learning_rate(constants, torch.nn.Linear(thousands, 1000, bias=False, device="meta"))
+        out = capsys.readouterr().out
+        assert out.count("is far too high") == warned == out.count("\n")
+    small.LEARNING_RATE, small.MAX_STEPS = 0.5, 1
+    small.GSPOTrainer().train()
+    assert "LEARNING_RATE = 0.5 is far too high for 0.3 M weights" in capsys.readouterr().out
+
+
+def test_an_accuracy_that_falls_below_half_of_the_best_is_said_once_unless_it_may_be_chance(small, capsys, monkeypatch):
+    accuracies = [0.2, 0.5, 0.15, 0.1, 0.4, 0.1]
+
+    def evaluate(self):
+        accuracy, self.eval_texts = accuracies[self.run.done], []
+        return {"eval_accuracy": accuracy, "eval_accuracy_greedy": accuracy}
+
+    monkeypatch.setattr(small.GSPOTrainer, "evaluate", evaluate)
+    small.MAX_STEPS, small.EVAL_EVERY, small.SAVE_EVERY, small.MAX_COMPLETION_TOKENS = 5, 1, 1, 4
+    for small.EVAL_SIZE, said in ((32, 2), (4, 0)):
+        trainer = small.GSPOTrainer()
+        trainer.train()
+        out, best = capsys.readouterr().out, trainer.run.folder / "checkpoints" / "step-1"
+        assert out.count("Warning: held-out accuracy fell from 0.500 after step 1 to ") == said
+        assert out.count(f" a new run with a lower --learning-rate; {best} holds the best weights") == said
+        assert out.count("to 0.150 after step 2") == out.count("to 0.100 after step 5") == bool(said)
+
+
 def test_the_summary_shows_long_prompts_and_answers_in_brief(small, tmp_path, capsys):
     rows = [{"prompt": f"{i}+{i}=", "answer": "one\nstep\nafter " * 20 + "#### 7"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
