@@ -21,17 +21,19 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
 RUN_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
 PANELS = "policy_loss entropy_loss kl_loss reward relative_advantage kl_divergence kl_coef avg_response_length"
+TERMS = ("entropy_loss", "kl_loss", "kl_divergence", "kl_coef", "positive_loss")  # 0 or None in a run without the term
+SUBSTITUTES = ("entropy", "clip_fraction", "grad_norm", "dead_groups", "ratio_max")  # drawn in place of such a term
 
 
 def plot_metrics(rows, panels=PANELS, *, constants=None, evaluations=None, title=None, path=None):
     """Draws a run as 4x2 panels, one per metric, and returns the matplotlib Figure.
 
     rows: the run's training steps as in metrics.jsonl, with None for a number that was not computed. panels: the names
-    of eight metrics. constants: the run's constants, {name: value}; some panels draw one as a line. evaluations:
-    [(step, sampled, greedy)], held-out accuracies. title: stands above all panels. path: the picture is saved there, if
-    given.
+    of eight metrics; a term that the run does not have leaves its panel to another metric. constants: the run's
+    constants, {name: value}; some panels draw one as a line. evaluations: [(step, sampled, greedy)], held-out
+    accuracies. title: stands above all panels. path: the picture is saved there, if given.
     """
-    steps, panels = [row["step"] for row in rows], panels.split()
+    steps, panels = [row["step"] for row in rows], _without_absent_terms(panels.split(), rows)
     resting = [row["step"] for row in rows if row.get("updates") == 0 and row.get("value_loss") is not None]
     if resting:
         title = f"{title or ''} (the policy rests in steps {resting[0]} to {resting[-1]})".strip()
@@ -157,6 +159,7 @@ BESIDE = {
     "rare_gradient": _beside_rare,
     "explained_variance": _beside_explained,
     "resampled": _as_share,
+    "dead_groups": _as_share,
     "dead_groups_drawn": _beside_dead_groups,
     "avg_response_length": _beside_length,
 }
@@ -170,10 +173,11 @@ def compare_runs(folders, path=None):
 
     In the panel of the reward, dots show held-out accuracy.
     """
+    runs = [load_metrics(folder) for folder in folders]
     panels = constants_of(folders[0]).get("PANELS", PANELS).split()
+    panels = _without_absent_terms(panels, [row for steps, _ in runs for row in steps])
     figure, axes = _panels("Comparison", panels)
-    for number, folder in enumerate(folders):
-        steps, evaluations = load_metrics(folder)
+    for number, (folder, (steps, evaluations)) in enumerate(zip(folders, runs, strict=True)):
         colour, style = RUN_COLOURS[number % len(RUN_COLOURS)], ("-", "--", ":")[number // len(RUN_COLOURS) % 3]
         for name, axis in zip(panels, axes, strict=True):
             _line(axis, [row["step"] for row in steps], _column(steps, name), colour, Path(folder).name, style)
@@ -221,6 +225,17 @@ def load_metrics(folder):
         raise InputError(f"{path}: no training step yet; draw again after the first")
     evaluations = [(r["step"], r["eval_accuracy"], r["eval_accuracy_greedy"]) for r in rows if "eval_accuracy" in r]
     return steps, evaluations
+
+
+def _without_absent_terms(panels, rows):
+    """Returns the names of a picture's panels, with SUBSTITUTES in place of the TERMS that its runs do not have.
+
+    panels: names of metrics. rows: the steps of all runs in the picture.
+    """
+    logged = [name for name in SUBSTITUTES if name not in panels and any(row.get(name) is not None for row in rows)]
+    absent = [name for name in panels if name in TERMS and not any(row.get(name) for row in rows)]
+    in_place_of = dict(zip(absent, logged, strict=False))
+    return [in_place_of.get(name, name) for name in panels]
 
 
 def _panels(title, panels):

@@ -25,12 +25,11 @@ class Progress:
     def show(self, history):
         """Shows the latest step, and the accuracy of the latest evaluation."""
         metrics, evaluated = history[-1], next(row for row in reversed(history) if "eval_accuracy" in row)
+        kl, length = metrics["kl_divergence"], metrics["avg_response_length"]
         numbers = "the policy rests, " if metrics["step"] <= self.resting else ""
-        numbers += (
-            f"reward {metrics['reward']:.2f}, accuracy {evaluated['eval_accuracy']:.2f}, "
-            f"KL {metrics['kl_divergence'] or 0:.3f}, clipped {metrics['clip_fraction'] or 0:.0%}, "
-            f"{metrics['tokens_per_second']:.0f} tokens/s"
-        )
+        numbers += f"reward {metrics['reward']:.2f}, accuracy {evaluated['eval_accuracy']:.2f}, "
+        numbers += f"length {length:.0f}, " if kl is None else f"KL {kl:.3f}, "
+        numbers += f"clipped {metrics['clip_fraction'] or 0:.0%}, {metrics['tokens_per_second']:.0f} tokens/s"
         self.move_to(metrics["step"])
         self.bar.set_postfix_str(numbers)
         if self.bar.disable:

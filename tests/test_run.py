@@ -222,7 +222,9 @@ def test_an_update_takes_the_gradient_of_the_documented_loss(trainer_with_rollou
 
 
 @pytest.mark.drawn
-def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none_is_computed(small_script, monkeypatch):
+def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none_is_computed(
+    small_script, monkeypatch, capsys
+):
     small, loaded, asked = small_script, [], []
     load_model, completion_logps = load.load_model, small.completion_logps
     monkeypatch.setattr(load, "load_model", lambda *a, **k: (loaded.append(a[2]), load_model(*a, **k))[1])
@@ -236,8 +238,11 @@ def test_without_a_kl_term_no_reference_model_is_loaded_and_without_entropy_none
     history = trainer.train()
     assert loaded == ["POLICY_MODEL"] and trainer.reference is None and not any(asked)
     assert [row["kl_coef"] for row in history[1:]] == [0.0, 0.0]  # there is nothing to adapt
+    assert f", length {history[1]['avg_response_length']:.0f}, clipped " in (out := capsys.readouterr().out)
+    assert "KL" not in out
     assert history[1]["kl_divergence"] is None and history[1]["kl_loss"] == history[1]["entropy_loss"] == 0
-    assert plotting.draw_run(trainer.run.folder).is_file()
+    figure = plotting.plot_metrics(plotting.load_metrics(trainer.run.folder)[0], small.PANELS)
+    assert len(set(titles(figure)[:8])) == 8 and all(axis.lines for axis in figure.axes[:8])  # none is empty
 
 
 def test_rewards_are_the_weighted_sum_and_the_reward_model_sees_prompt_and_completion(small):
@@ -430,6 +435,18 @@ def test_a_run_without_a_kl_beside_one_with_a_spike_leaves_the_log_scale(tmp_pat
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scales = {axis.get_title(): axis.get_yscale() for axis in plotting.compare_runs(folders).axes}
     assert scales["KL divergence to the reference"] == scales["KL loss"] == "log"
+
+
+def test_terms_that_a_run_does_not_have_leave_their_panels_to_others_in_the_same_places():
+    logged = " ".join(["policy_loss", "reward", "relative_advantage", "avg_response_length", *plotting.SUBSTITUTES])
+    off = {"entropy_loss": 0.0, "kl_loss": 0.0, "kl_divergence": None, "kl_coef": 0.0}
+    rows = [row | off for row in rows_of(logged, lambda step, number: 0.1 * step + number)]
+    asked = "dead_groups entropy kl_loss kl_coef grad_norm mine clip_fraction reward"
+    drawn = "policy_loss entropy clip_fraction reward relative_advantage grad_norm dead_groups avg_response_length"
+    stays = "dead_groups entropy ratio_max kl_coef grad_norm mine clip_fraction reward"  # there is one substitute left
+    for panels, expected in ((plotting.PANELS, drawn), (asked, stays)):
+        expected = [plotting.TITLES.get(name, (name,))[0] for name in expected.split()]
+        assert titles(plotting.plot_metrics(rows, panels))[:8] == expected
 
 
 def test_a_spike_of_the_kl_is_drawn_on_a_log_scale():
