@@ -103,10 +103,11 @@ def say_what_does_not_act(step, history, constants, files):
         )
 
 
-def print_summary(history, rows, texts_before, texts_after, folder):
+def print_summary(history, seconds, rows, texts_before, texts_after, folder):
     """Prints held-out accuracy and the first completions, before and after training.
 
-    It also prints the time that each phase took, and the paths of the model and the pictures.
+    It also prints the time that each part of the run and each phase of its steps took, and the paths of the model and
+    the pictures. seconds: {part: its wall time}.
     """
     evaluations = [metrics for metrics in history if "eval_accuracy" in metrics]
     before, after = evaluations[0], evaluations[-1]
@@ -116,14 +117,18 @@ def print_summary(history, rows, texts_before, texts_after, folder):
         prompt, answer = in_brief(row["prompt"]), in_brief(row["answer"])
         print(f"  {prompt!r} (answer {answer})\n    before {old!r}\n    after  {new!r}")
     names = [name for name in history[-1] if name.startswith("seconds_")]
-    spent = {name.removeprefix("seconds_"): sum(row.get(name, 0.0) for row in history) for name in names}
-    shares = ", ".join(f"{name} {seconds / sum(spent.values()):.0%}" for name, seconds in spent.items())
-    print(f"Time:    {sum(spent.values()):.0f} s in {len(history) - 1} steps: {shares}")
+    of_steps = {name.removeprefix("seconds_"): sum(row.get(name, 0.0) for row in history) for name in names}
+    print(f"Time:    {sum(seconds.values()):.0f} s after loading: {in_shares(seconds)}")
+    print(f"Steps:   {sum(of_steps.values()):.0f} s in {len(history) - 1} steps: {in_shares(of_steps)}")
     print(f"Model:   {folder / 'final'}")
     if (folder / "final-critic").is_dir():
         print(f"Critic:  {folder / 'final-critic'}")
     print(f"Picture: {folder / 'metrics.png'}")
     print(f"Samples: {folder / 'samples.html'}")
+
+
+def in_shares(seconds):
+    return ", ".join(f"{name} {value / sum(seconds.values()):.0%}" for name, value in seconds.items())
 
 
 def in_brief(text, most=80):

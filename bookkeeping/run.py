@@ -76,6 +76,8 @@ class Run:
             raise InputError("this trainer has trained already; make a new one, with RESUME set to go on with its run")
         self.trainer, self.constants = trainer, trainer.constants
         self.history = trainer.metrics_history
+        self.seconds = dict.fromkeys(("start", "steps", "evaluation", "saving", "pictures"), 0.0)
+        self.lapped = time.perf_counter()
         self.bad_updates = 0
         self.progress = None  # until the steps begin
         self.in_step = False  # True from a step's first sample to its last update, when no checkpoint can be taken
@@ -110,6 +112,7 @@ class Run:
         trainer = self.trainer
         self.done, state, metrics = checkpoints.load(checkpoint, trainer.policy, trainer.adapter)
         self.unfinished, self.texts_before = state["pending"], state["texts_before"]
+        self.seconds |= state.get("seconds", {})  # older checkpoints have none
         trainer.samples = state["samples"]
         trainer.load_state(state["trainer"])
         for name, one in trainer.beside.items():
@@ -176,6 +179,7 @@ class Run:
         """
         last = self.constants.MAX_STEPS
         self.progress = Progress(self.constants)
+        self._lap("start")
         self.state, self.drawn = state_of(self.trainer), time.perf_counter()
         if self.unfinished is not None:
             yield self.unfinished["step"]
@@ -191,6 +195,7 @@ class Run:
 
     def keep(self, step, metrics):
         """Marks a step as trained. From here on a stop keeps it, even if its evaluation is cut off."""
+        self._lap("steps")
         self.in_step = self.signals.interruptible = False
         self.done, self.unfinished, self.state = step, metrics, state_of(self.trainer)
         self.signals.raise_if_received()
@@ -203,6 +208,7 @@ class Run:
 
     def finish_step(self, step, metrics):
         """Logs, saves and draws whatever is due. metrics: those of the step and of its evaluation."""
+        self._lap("evaluation")
         self.signals.interruptible = False
         last, save_every = step == self.constants.MAX_STEPS, self.constants.SAVE_EVERY
         self._log(step, metrics)
@@ -212,6 +218,7 @@ class Run:
             self.checkpoint()
         if last:
             self.saver.final()
+        self._lap("saving")
         if step > 0:
             if "eval_accuracy" in metrics or time.perf_counter() - self.drawn > DRAW_EVERY:
                 self._draw()
@@ -219,12 +226,20 @@ class Run:
                 say_if_accuracy_fell(self.history, len(self.trainer.eval_rows), self.files)
             say_what_does_not_act(step, self.history, self.constants, self.files)
             self.progress.show(self.history)
+        self._lap("pictures")
         if last:
             self.profiler.stop()
             self.progress.close()
-            print_summary(self.history, self.trainer.eval_rows, self.texts_before, self.trainer.eval_texts, self.folder)
+            texts = self.texts_before, self.trainer.eval_texts
+            print_summary(self.history, self.seconds, self.trainer.eval_rows, *texts, self.folder)
         else:
             self.signals.raise_if_received()
+
+    def _lap(self, part):
+        """Counts the time since the last lap for a part of the run, so that the parts add up to its wall time."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self.lapped
+        self.lapped = now
 
     def _log(self, step, metrics):
         """Writes a step's metrics and samples."""
@@ -276,7 +291,7 @@ class Run:
         A thread writes it once it is copied.
         """
         state = self.state | {"pending": self.unfinished, "texts_before": self.texts_before}
-        state["samples"] = self.trainer.samples if self.unfinished else []
+        state |= {"samples": self.trainer.samples if self.unfinished else [], "seconds": self.seconds}
         return self.saver.checkpoint(self.done, state, self.history)
 
     # -- The end

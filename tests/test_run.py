@@ -16,8 +16,8 @@ from variants import naive_loss, naive_mean
 import configs
 import gspo
 import plotting
+from bookkeeping import checkpoints, progress
 from bookkeeping import folder as run_folders
-from bookkeeping import progress
 from bookkeeping.run import Run, Trainer
 from inputs import load
 
@@ -127,9 +127,9 @@ def test_scores_of_evaluations_do_not_pile_up(small):
     assert trainer.eval_reward.scored == {"exact_match": []} and trainer.eval_reward.failures == []
 
 
-def test_each_phase_is_timed_where_its_work_is_done_and_nothing_is_left_out(small, monkeypatch):
-    """The clock moves only with the work. A pass for reference, sampler_gap or samples.jsonl takes 4 s."""
-    trainer, now = small.GSPOTrainer(), [0.0]
+def clock_that_moves_with_work():
+    """Returns [seconds], and timed(seconds, function): the function, which moves the clock by so many seconds."""
+    now = [0.0]
 
     def timed(seconds, work):
         def working(*arguments, **options):
@@ -138,6 +138,12 @@ def test_each_phase_is_timed_where_its_work_is_done_and_nothing_is_left_out(smal
 
         return working
 
+    return now, timed
+
+
+def test_each_phase_is_timed_where_its_work_is_done_and_nothing_is_left_out(small, monkeypatch):
+    """The clock moves only with the work. A pass for reference, sampler_gap or samples.jsonl takes 4 s."""
+    trainer, (now, timed) = small.GSPOTrainer(), clock_that_moves_with_work()
     for name, seconds in {"sample": 1, "compute_rewards": 2, "compute_log_probs": 4, "update": 8}.items():
         monkeypatch.setattr(trainer, name, timed(seconds, getattr(trainer, name)))
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
@@ -145,6 +151,24 @@ def test_each_phase_is_timed_where_its_work_is_done_and_nothing_is_left_out(smal
     phases = ("rollout", "reward", "logps", "update", "log")
     assert [metrics[f"seconds_{phase}"] for phase in phases] == [1, 2, 4 + 4, 8 * small.MINI_BATCHES, 4]
     assert metrics["tokens_per_second"] == metrics["completion_tokens"] / now[0]
+
+
+def test_the_summary_says_where_a_runs_wall_time_went_also_before_it_was_resumed(small, monkeypatch, capsys):
+    """The clock moves only with the work: sampling takes 1 s, writing a folder 3 s, and a picture 5 s."""
+    now, timed = clock_that_moves_with_work()
+    monkeypatch.setattr(small.GSPOTrainer, "sample", timed(1, small.GSPOTrainer.sample))
+    monkeypatch.setattr(checkpoints, "write_folder", timed(3, checkpoints.write_folder))
+    monkeypatch.setattr(plotting, "draw_run", timed(5, lambda folder: None))
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    for small.MAX_STEPS, seconds in (
+        (1, {"start": 3, "steps": 1, "evaluation": 2 * 2, "saving": 2 * 3, "pictures": 5}),
+        (2, {"start": 2 * 3, "steps": 2, "evaluation": 3 * 2, "saving": 2 * 3, "pictures": 5}),  # from a checkpoint
+    ):
+        trainer = small.GSPOTrainer()
+        trainer.train()
+        shares = ", ".join(f"{part} {spent / sum(seconds.values()):.0%}" for part, spent in seconds.items())
+        assert f"Time:    {sum(seconds.values())} s after loading: {shares}\n" in capsys.readouterr().out
+        small.RESUME = str(trainer.run.folder)
 
 
 def test_the_same_seed_writes_the_same_metrics_and_another_does_not(small_script):
