@@ -2,6 +2,7 @@
 
 import sys
 from math import hypot
+from statistics import mean
 
 from tqdm import tqdm
 
@@ -106,8 +107,8 @@ def say_what_does_not_act(step, history, constants, files):
 def print_summary(history, seconds, rows, texts_before, texts_after, folder):
     """Prints held-out accuracy and the first completions, before and after training.
 
-    It also prints the time that each part of the run and each phase of its steps took, and the paths of the model and
-    the pictures. seconds: {part: its wall time}.
+    It also prints whether most groups were dead at the end, the time that each part of the run and each phase of its
+    steps took, and the paths of the model and the pictures. seconds: {part: its wall time}.
     """
     evaluations = [metrics for metrics in history if "eval_accuracy" in metrics]
     before, after = evaluations[0], evaluations[-1]
@@ -116,10 +117,16 @@ def print_summary(history, seconds, rows, texts_before, texts_after, folder):
     for row, old, new in zip(rows, texts_before, texts_after, strict=False):
         prompt, answer = in_brief(row["prompt"]), in_brief(row["answer"])
         print(f"  {prompt!r} (answer {answer})\n    before {old!r}\n    after  {new!r}")
+    steps = history[1:]
+    quarter = steps[-max(1, len(steps) // 4) :]
+    if (dead := mean(row.get("dead_groups", 0) for row in quarter)) > 0.5:
+        remedy = f"give {'harder' if after['eval_accuracy'] > 0.5 else 'easier'} prompts, or train with dapo.py"
+        where = f"of the groups in the last {len(quarter)} of {len(steps)} steps had equal rewards, and taught nothing"
+        print(f"Dead:    {dead:.0%} {where}; {remedy}, which samples until each group has a signal")
     names = [name for name in history[-1] if name.startswith("seconds_")]
     of_steps = {name.removeprefix("seconds_"): sum(row.get(name, 0.0) for row in history) for name in names}
     print(f"Time:    {sum(seconds.values()):.0f} s after loading: {in_shares(seconds)}")
-    print(f"Steps:   {sum(of_steps.values()):.0f} s in {len(history) - 1} steps: {in_shares(of_steps)}")
+    print(f"Steps:   {sum(of_steps.values()):.0f} s in {len(steps)} steps: {in_shares(of_steps)}")
     print(f"Model:   {folder / 'final'}")
     if (folder / "final-critic").is_dir():
         print(f"Critic:  {folder / 'final-critic'}")

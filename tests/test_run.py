@@ -403,6 +403,24 @@ def test_an_accuracy_that_falls_below_half_of_the_best_is_said_once_unless_it_ma
         assert out.count("to 0.150 after step 2") == out.count("to 0.100 after step 5") == bool(said)
 
 
+@pytest.mark.parametrize(
+    ("dead", "accuracy", "line"),
+    [
+        ([0.0] * 6 + [0.5, 0.9], 0.9, "Dead:    70% of the groups in the last 2 of 8 steps had equal rewards"),
+        ([0.0] * 6 + [0.5, 0.9], 0.2, "give easier prompts, or train with dapo.py"),
+        ([1.0] * 6 + [0.5, 0.5], 0.9, None),
+        ([1.0], 0.9, "give harder prompts, or train with dapo.py"),
+    ],
+)
+def test_the_summary_says_if_most_groups_were_dead_at_the_end(tmp_path, capsys, dead, accuracy, line):
+    rows = [{"step": step, "dead_groups": share, "seconds_log": 1.0} for step, share in enumerate(dead, 1)]
+    evaluated = {"eval_accuracy": accuracy, "eval_accuracy_greedy": accuracy}
+    history = [{"step": 0} | evaluated, *rows[:-1], rows[-1] | evaluated]
+    progress.print_summary(history, {"steps": 1.0}, [], [], [], tmp_path)
+    out = capsys.readouterr().out
+    assert line in out if line else "Dead:" not in out
+
+
 def test_the_summary_shows_long_prompts_and_answers_in_brief(small, tmp_path, capsys):
     rows = [{"prompt": f"{i}+{i}=", "answer": "one\nstep\nafter " * 20 + "#### 7"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
