@@ -126,14 +126,17 @@ def samples_of(step, tokenizer, rollouts, new_logps):
     for i, change in enumerate((new_logps - rollouts.old_logps).tolist()):
         start, length = int(rollouts.prompt_lengths[i]), int(rollouts.completion_lengths[i])
         tokens = rollouts.input_ids[i, start : start + length].tolist()
+        row = rollouts.prompts[i]
+        begun = [{"role": "assistant", "content": row["begun"]}] if row["begun"] else []
         samples.append(
             {
                 "step": step,
-                "prompt": rollouts.prompts[i]["prompt"],
+                "prompt": row["prompt"],
+                "messages": [{name: one[name] for name in ("role", "content")} for one in row["messages"] + begun],
                 "completion": rollouts.texts[i],
                 "reward": rewards[i].sum().item(),
                 "advantage": (advantages[i] if advantages.dim() == 1 else advantages[i, :length].mean()).item(),
-                "answer": rollouts.prompts[i]["answer"],
+                "answer": row["answer"],
                 "tokens": length,
                 "truncated": bool(rollouts.truncated[i]),
                 "token_texts": token_texts(tokenizer, tokens),

@@ -115,7 +115,7 @@ def print_summary(history, seconds, rows, texts_before, texts_after, folder):
     for name, how in (("eval_accuracy", "sampled"), ("eval_accuracy_greedy", "greedy")):
         print(f"Held-out accuracy, {how}: {before[name]:.3f} before, {after[name]:.3f} after")
     for row, old, new in zip(rows, texts_before, texts_after, strict=False):
-        prompt, answer = in_brief(row["prompt"]), in_brief(row["answer"])
+        prompt, answer = in_brief(row["messages"][-1]["content"]), in_brief(row["answer"])
         print(f"  {prompt!r} (answer {answer})\n    before {old!r}\n    after  {new!r}")
     steps = history[1:]
     quarter = steps[-max(1, len(steps) // 4) :]

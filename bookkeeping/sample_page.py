@@ -2,8 +2,9 @@
 
 python -m bookkeeping.sample_page outputs/<run>
 
-The completions of a group stand side by side, with reward, advantage, length, and whether they ended. The colour of a
-token shows how far the step's updates have moved its log-prob.
+A prompt shows the roles of its messages if there are several. The completions of a group stand side by side, with
+reward, advantage, length, and whether they ended. The colour of a token shows how far the step's updates have moved its
+log-prob.
 """
 
 import argparse
@@ -33,7 +34,9 @@ TEMPLATE = """\
   .note, dl { color: #555; }
   summary { cursor: pointer; font-weight: 600; padding: .4rem 0; }
   .prompt { white-space: pre-wrap; background: #eee; border-radius: 6px; padding: .5rem .7rem; margin: .6rem 0; }
-  .group { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: .6rem; }
+  .turn { display: flex; } .turn b { flex: 0 0 6rem; }
+  .turn b, small, .end { color: #666; }
+  .group { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: .6rem; }
   .group { margin-bottom: 1.2rem; }
   .card { background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: .5rem .7rem; min-width: 0; }
   .card.up { border-top: 4px solid #0072B2; } .card.down { border-top: 4px solid #D55E00; }
@@ -50,19 +53,22 @@ TEMPLATE = """\
 Colour: what the step's updates did to a token's log-prob,
 <span style="background: {{ colour(-1) }}">less likely</span> or
 <span style="background: {{ colour(1) }}">more likely</span>, in full from ±{{ full }} nats.
-Hold the pointer over a token for the number.</p>
+Hold the pointer over a token for the number. ↵ is a newline.</p>
 {% for step in steps %}
 <details{% if loop.first %} open{% endif %}>
 <summary>Step {{ step.step }}</summary>
 {% for group in step.groups %}
-<div class="prompt">{{ group[0].prompt }}<br><small>answer: {{ group[0].answer }}</small></div>
+<div class="prompt">{% for turn in group[0].turns %}<div class="turn">\
+{% if loop.length > 1 %}<b>{{ turn.role }}</b>{% endif %}<span>{{ turn.content }}</span></div>{% endfor %}\
+<small>answer: {{ group[0].answer }}</small></div>
 <div class="group">
 {% for c in group %}
 <div class="card {{ 'up' if c.advantage > 0 else 'down' if c.advantage < 0 else 'even' }}">
 <div class="numbers">reward {{ '%.3g' % c.reward }} · advantage {{ '%+.2f' % c.advantage }} · {{ c.tokens }} tokens ·
 {{ 'cut at the limit' if c.truncated else 'ended' }}</div>
 <div class="text">{% for token, change in c.pairs %}<span style="background: {{ colour(change / full) }}" \
-title="{{ '%+.3f' % change }}">{{ token }}</span>{% endfor %}</div>
+title="{{ '%+.3f' % change }}"\
+{% if loop.last and not c.truncated %} class="end"{% endif %}>{{ token }}</span>{% endfor %}</div>
 </div>
 {% endfor %}
 </div>
@@ -113,9 +119,12 @@ def _samples_from_the_end(path):
             try:
                 row = json.loads(text[start:end])
                 changes = [change or 0.0 for change in row["logp_change"]]  # None stands for NaN
-                row["pairs"] = list(zip(row["token_texts"], changes, strict=True))
+                texts = [text.replace("\n", "↵\n") for text in row["token_texts"]]  # or its colour could not be seen
+                row["pairs"] = list(zip(texts, changes, strict=True))
+                messages = row.get("messages", [{"role": "user", "content": row["prompt"]}])  # older rows have none
+                row["turns"] = [message for message in messages if message["content"].strip()]
                 row["step"], row["tokens"], row["prompt"], float(row["reward"]), float(row["advantage"])
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, AttributeError):
                 number = text[:start].count(b"\n") + 1
                 raise InputError(f"{path}, line {number}: not a sample; remove the line and draw again") from None
             yield row

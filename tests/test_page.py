@@ -59,6 +59,37 @@ def test_the_page_escapes_whatever_a_model_wrote_and_needs_no_network(tmp_path):
     assert parsed.text.count(NASTY) >= 3  # prompt, answer, and the tokens put together
 
 
+def test_a_prompt_of_several_turns_shows_their_roles_and_one_of_a_single_turn_does_not(tmp_path):
+    turns = [("system", ""), ("user", "1+1="), ("assistant", "2\n#2"), ("user", NASTY)]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    rows = [sample(messages=chat), sample(2, messages=chat[:2]), sample(3, prompt="5+5=")]  # as older runs have it
+    for row, shown in zip(rows, ["user1+1=assistant2\n#2user" + NASTY, "1+1=", "5+5="], strict=True):
+        assert f"\n{shown}answer: 2\n" in Text(write(tmp_path, [row]).read_text()).text
+
+
+def test_a_newline_can_be_seen_and_an_end_stands_apart(tmp_path):
+    tokens = {"token_texts": ["4\n\n", "<end>"], "logp_change": [0.0, 0.0], "tokens": 2}
+    for truncated in (False, True):
+        parsed = Text(write(tmp_path, [sample(truncated=truncated, **tokens)]).read_text())
+        ends = [given.get("class") for tag, given in parsed.tags if "title" in given]
+        assert "4↵\n↵\n<end>" in parsed.text and ends == [None, None if truncated else "end"]
+
+
+def test_a_run_on_chats_shows_their_roles_in_its_page_and_their_last_message_in_its_summary(small, tmp_path, capsys):
+    shot = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "#2"}]
+    rows = [{"prompt": [*shot, {"role": "user", "content": f"{a}+5="}], "answer": a + 5} for a in range(40)]
+    rows[0]["prompt"].append({"role": "assistant", "content": "0+"})  # a begun answer
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small.PROMPTS = small.EVAL_PROMPTS = str(tmp_path / "chats.jsonl")
+    small.MAX_STEPS, small.BATCH_SIZE, small.SAMPLE_GROUPS, small.REWARDS = 1, 40, 40, "exact_match"
+    trainer = small.GSPOTrainer()
+    trainer.train()
+    out = capsys.readouterr().out
+    assert all(f"  '{row['messages'][-1]['content']}' (answer {row['answer']})" in out for row in trainer.eval_rows[:3])
+    text = Text(sample_page.draw_samples(trainer.run.folder).read_text()).text
+    assert "user1+1=assistant#2user7+5=answer: 12" in text and "user0+5=assistant0+answer: 5" in text
+
+
 def test_a_token_is_coloured_by_the_change_of_its_log_prob(tmp_path):
     row = sample(text="abcdef", token_texts=["abc", "def"], logp_change=[-0.5, 0.25])
     tags = Text(write(tmp_path, [row]).read_text()).tags
