@@ -9,6 +9,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+import torch
 from conftest import SCRIPTS, shrink, trainer_of
 
 import configs
@@ -122,6 +123,18 @@ def test_quoted_defaults_are_those_of_the_script(name):
         if group.split(":")[0] not in ("Models and data", "Run", "Devices", "LoRA")
     }
     assert of_the_paper - OF_MEMORY | {"REWARDS"} == set(quoted)
+
+
+def test_the_advantages_of_a_small_reward_are_those_of_the_function():
+    gspo = BY_NAME["gspo"]
+    for group, *advantages in rows_of(ROOT / "docs" / "gspo.md", "A small reward"):
+        counts = [(int(count), float(reward)) for count, reward in re.findall(r"(\d+) × ([\d.]+)", group)]
+        rewards = torch.tensor([reward for count, reward in counts for _ in range(count)])
+        assert len(rewards) == 8
+        for gspo.ADVANTAGE_TYPE, quoted in zip(("normalized", "relative"), advantages, strict=True):
+            found = gspo.compute_relative_advantages(rewards, 8).unique().flip(0)  # from the highest reward down
+            quoted = [float(number) for number in quoted.replace("−", "-").split(", ")]
+            assert found.tolist() == pytest.approx(quoted, abs=0.0051)  # halves round either way
 
 
 @pytest.mark.parametrize("name", BY_NAME)
