@@ -71,9 +71,8 @@ _SMOLLM2 = {
     "ADVANTAGE_TYPE": "normalized",  # the algorithms' own; rewards are rare at first, and count the more
     "ENTROPY_COEF": 0.0,  # the papers have none
     "KL_COEF": 0.0,  # nor this, and a reference model would be a second copy in memory
-    "ADAPTIVE_KL": False,
     "MINI_BATCHES": 2,
-    "WHOLE_GROUPS": True,  # a prompt has 83 tokens and a completion 15, so to read it once saves most of an update
+    "WHOLE_GROUPS": True,  # a prompt has 130 tokens and a completion 15, so to read it once saves most of an update
     "LEARNING_RATE": 1e-5,  # of a model of this size; 1e-4 destroys it in three steps
     "WARMUP_STEPS": 2,
     "MAX_STEPS": 40,

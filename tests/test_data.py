@@ -1,7 +1,8 @@
-"""The embedded task: the recipe makes the shipped files, and its styles are right as often as it says."""
+"""The shipped tasks: the recipes make the shipped files, which are right, disjoint, and as they say."""
 
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -11,10 +12,11 @@ import configs
 
 sys.path.insert(0, str(configs.HERE / "data"))
 import make_arithmetic
+import make_words
 
 
-def read(name):
-    return (configs.HERE / "data" / "arithmetic" / name).read_text()
+def read(name, task="arithmetic"):
+    return (configs.HERE / "data" / task / name).read_text()
 
 
 def test_the_recipe_makes_the_shipped_prompts(tmp_path):
@@ -29,6 +31,34 @@ def test_shipped_prompts_are_right_and_disjoint():
         a, b = map(int, row["prompt"].removesuffix("=").split("+"))
         assert row["answer"] == str(a + b)
     assert len({row["prompt"] for row in rows}) == len(rows) == 4096 + 512
+
+
+def test_the_recipe_makes_the_shipped_word_problems(tmp_path):
+    make_words.make_words(tmp_path, seed=0)
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / name).read_text() == read(name, "words")
+
+
+def test_word_problems_are_right_and_share_no_sum_with_the_test():
+    numbers, problems, shares = {}, {}, {}
+    for name in ("train.jsonl", "test.jsonl"):
+        rows = [json.loads(line) for line in read(name, "words").splitlines()]
+        roles = [[message["role"] for message in row["prompt"]] for row in rows]
+        assert roles == [["system", "user", "assistant", "user", "assistant", "user"]] * len(rows)
+        stories = [row["prompt"][-1]["content"] for row in rows]
+        numbers[name] = set()
+        for story, row in zip(stories, rows, strict=True):
+            start, change = map(int, re.findall(r"\d+", story))
+            more, answer = story.endswith("in all?"), int(row["answer"])
+            assert more == bool(re.search(r"(gets|finds|buys|makes) \d+ more\.", story)) != story.endswith("left?")
+            assert answer == (start + change if more else start - change)
+            assert more or start % 10 >= change % 10  # no borrowing
+            numbers[name].add(tuple(sorted((start, change, answer))))  # a < b < a + b, whatever is asked
+        problems[name], shares[name] = set(stories), sum(story.endswith("left?") for story in stories) / len(rows)
+        assert len(problems[name]) == len(rows)
+    assert not numbers["train.jsonl"] & numbers["test.jsonl"]
+    assert {name: len(some) for name, some in problems.items()} == {"train.jsonl": 1024, "test.jsonl": 256}
+    assert all(0.25 < share < 0.4 for share in shares.values())
 
 
 @pytest.mark.parametrize("style", ["direct", "slip", "worked", "ramble", "one slip"])
@@ -50,7 +80,7 @@ def test_a_style_is_right_when_the_recipe_says(style):
 
 def test_shipped_models_are_small_and_one_token_is_one_character():
     folder = configs.HERE / "data" / "models"
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 8e6
+    assert sum(path.stat().st_size for path in folder.rglob("arithmetic-*/*")) <= 8e6
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "arithmetic-policy")
     assert tokenizer.is_fast
     text = "47+85=7+5=12,4+8+1=13?#132"
