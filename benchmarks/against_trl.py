@@ -12,10 +12,11 @@ norm clipping, and precision. Each round has its own seed. Each system runs in i
 first step.
 
 Every free choice is meant to be the best one for TRL. A mini-batch is one micro-batch; --trl-micro-batch makes it
-several, for less memory. There is no checkpointing unless grpo.py does it too. AdamW is TRL's default, the fused one.
-The reward rule is called in TRL's own process; grpo.py runs it in others, whose memory is not counted. Nothing is
-logged or saved, and there are no loader workers. grpo.py runs with its constants as shipped, but writes no samples or
-events either. Each system has one GPU at most. vLLM is not used.
+several, for less memory. If it has several values, two steps of each are tried first, and the fastest is taken. There
+is no checkpointing unless grpo.py does it too. AdamW is TRL's default, the fused one. The reward rule is called in
+TRL's own process; grpo.py runs it in others, whose memory is not counted. Nothing is logged or saved, and there are no
+loader workers. grpo.py runs with its constants as shipped, but writes no samples or events either. Each system has one
+GPU at most. vLLM is not used.
 
 TRL's rollout is its `_generate`. Its scoring is the rest of `_generate_and_score_completions`: rewards, and log-probs
 under the reference and under the policy that sampled. Its update is the rest of the step. On the CPU, peak memory is
@@ -337,49 +338,64 @@ def print_tables(results, workload):
         print(f"| {NAMES[system]} | " + " | ".join(f"{count:.0f}" for count in counts), *cells, sep=" | ", end=" |\n")
 
 
+def write_prompts(folder, workload, steps, seed, flags):
+    """Writes the prompts of all steps of a seed, in their order, for TRL."""
+    set_constants(workload, folder, steps, seed, flags)
+    train_rows = grpo.GRPOTrainer().train_rows
+    rows = [
+        row
+        for step in range(1, steps + 1)
+        for row in grpo.prompts_of_step(train_rows, step, grpo.BATCH_SIZE, grpo.generator_of)
+    ]
+    prompts = [{"prompt": r["prompt_text"], "answer": r["answer"], "tokens": len(r["prompt_ids"])} for r in rows]
+    (Path(folder) / "steps.json").write_text(json.dumps(prompts))
+
+
+def measure(system, arguments, steps, micro_batch, folder, seed):
+    """Returns what a process of its own found of a system, the last line that it printed."""
+    command = [sys.executable, __file__, arguments.workload, "--steps", str(steps), f"--flags={arguments.flags}"]
+    command += [f"--trl-micro-batch={micro_batch}", "--child", system, folder, str(seed)]
+    command += ["--continuous-batching"] * arguments.continuous_batching
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | ONE_GPU)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"seed {seed}, {NAMES[system]}: {found['seconds']:.3f} s per step", flush=True)
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="training steps per run; the first is not counted")
     parser.add_argument("--flags", default="", help="flags of grpo.py, in one string; TRL gets those it has")
-    parser.add_argument("--trl-micro-batch", type=int, default=0, help="completions, a divisor of the mini-batch")
+    parser.add_argument("--trl-micro-batch", type=int, nargs="+", default=[0], help="divisors of the mini-batch")
     parser.add_argument("--continuous-batching", action="store_true", help="TRL samples by that of transformers")
     parser.add_argument("--child", nargs=3, metavar=("SYSTEM", "FOLDER", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    workload, steps = arguments.workload, arguments.steps or WORKLOADS[arguments.workload]["steps"]
+    workload, steps, flags = arguments.workload, arguments.steps, shlex.split(arguments.flags)
+    steps = steps or WORKLOADS[workload]["steps"]
     if workload == "qwen3" and not torch.cuda.is_available():
         sys.exit("qwen3 needs a GPU, and there is none; embedded and longtail run on the CPU")
     if steps < 2:
         parser.error("--steps: give at least two, because the first is not counted")
     if arguments.child:
         system, folder, seed = arguments.child
-        set_constants(workload, folder, steps, int(seed), shlex.split(arguments.flags))
-        return child(system, workload, folder, steps, arguments.trl_micro_batch, arguments.continuous_batching)
-    results = {name: [] for name in NAMES}
+        set_constants(workload, folder, steps, int(seed), flags)
+        return child(system, workload, folder, steps, arguments.trl_micro_batch[0], arguments.continuous_batching)
+    results, best = {name: [] for name in NAMES}, arguments.trl_micro_batch[0]
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
+        if len(arguments.trl_micro_batch) > 1:
+            write_prompts(folder, workload, 2, 0, flags)
+            tried = {n: measure("trl", arguments, 2, n, folder, 0)["seconds"] for n in arguments.trl_micro_batch}
+            best = min(tried, key=tried.get)
+            print(f"TRL's micro-batches: {tried} s per step; the rounds have {best}")
         for seed in range(arguments.rounds):
-            set_constants(workload, folder, steps, seed, shlex.split(arguments.flags))
-            train_rows = grpo.GRPOTrainer().train_rows
-            rows = [
-                row
-                for step in range(1, steps + 1)
-                for row in grpo.prompts_of_step(train_rows, step, grpo.BATCH_SIZE, grpo.generator_of)
-            ]
-            prompts = [
-                {"prompt": r["prompt_text"], "answer": r["answer"], "tokens": len(r["prompt_ids"])} for r in rows
-            ]
-            (Path(folder) / "steps.json").write_text(json.dumps(prompts))
+            write_prompts(folder, workload, steps, seed, flags)
             for system in NAMES if seed % 2 == 0 else reversed(NAMES):
-                command = [sys.executable, __file__, workload, "--steps", str(steps), f"--flags={arguments.flags}"]
-                command += [f"--trl-micro-batch={arguments.trl_micro_batch}", "--child", system, folder, str(seed)]
-                command += ["--continuous-batching"] * arguments.continuous_batching
-                done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | ONE_GPU)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                results[system].append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"seed {seed}, {NAMES[system]}: {results[system][-1]['seconds']:.3f} s per step", flush=True)
+                results[system].append(measure(system, arguments, steps, best, folder, seed))
     print_tables(results, workload)
 
 

@@ -56,7 +56,7 @@ WORKLOADS = {
     "smollm2": {
         "model": None,
         "steps": 10,
-        "constants": PRESETS["smollm2"] | {"KL_COEF": 0.0, "MINI_BATCHES": 2},
+        "constants": PRESETS["smollm2"] | {"EVAL_SAMPLES": 2},
     },
     "embedded": {
         "model": None,
