@@ -9,7 +9,8 @@
 These are equal: initial weights, prompts and their order, group size, sampling (the whole distribution), numbers of
 completions and of optimizer steps, rewards, loss, clip, k3 to a reference model, learning rate at each step, AdamW,
 norm clipping, and precision. Each round has its own seed. Each system runs in its own process, which does not count its
-first step.
+first step. One thing is not: TRL's mini-batches are random completions, and smollm2's here are random groups
+(WHOLE_GROUPS).
 
 Every free choice is meant to be the best one for TRL. A mini-batch is one micro-batch; --trl-micro-batch makes it
 several, for less memory. If it has several values, two steps of each are tried first, and the fastest is taken. There

@@ -18,26 +18,30 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SIZES = {"test": 256, "train": 1024}
-LARGEST = 20  # of the terms of a sum; the smallest is 2, because one of a thing would need another grammar
+LARGEST = 16  # of the terms of a sum; the smallest is 2, because one of a thing would need another grammar
 LARGEST_TAKEN = 9  # of what is taken away
 HELD_OUT = 0.25  # share of the sums that only the test has
-DIFFERENCES = 1 / 3  # share of the problems
+DIFFERENCES = 1 / 4  # share of the problems
 NAMES = "Ann Ben Carla Dan Emma Finn Gina Hugo Ida Jack Kim Leo Mia Noah Olga Paul".split()
 THINGS = "apples balls books cards coins cups eggs flags keys marbles pens plums shells stamps stones toys".split()
-MORE = "gets {b} more", "finds {b} more", "buys {b} more", "makes {b} more"
-FEWER = "loses {b}", "drops {b}", "sells {b}", "gives {b} away"
-
-
-def story(name, start, things, event, more):
-    end = "in all" if more else "left"
-    return f"{name} has {start} {things} and {event}. How many {things} does {name} have {end}?"
-
-
+MORE = (
+    "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?",
+    "{name} has {a} {things}. {other} gives {name} {b} more. How many {things} does {name} have now?",
+    "There are {a} {things} in a box. {name} puts {b} more into it. How many {things} are in the box now?",
+    "{name} has {a} {things} and {other} has {b}. How many {things} do they have together?",
+    "{name} finds {a} {things} in the morning and {b} in the evening. How many {things} does {name} find?",
+)
+FEWER = (
+    "{name} has {a} {things} and loses {b} of them. How many {things} does {name} have left?",
+    "{name} has {a} {things} and gives {b} to {other}. How many {things} does {name} have left?",
+    "There are {a} {things} in a box. {name} takes {b} out. How many {things} are left in the box?",
+    "{name} had {a} {things} and sold {b}. How many {things} does {name} still have?",
+)
 EXAMPLES = [
     {"role": "system", "content": ""},
-    {"role": "user", "content": story("Sam", 14, "nuts", "gets 5 more", True)},
+    {"role": "user", "content": MORE[0].format(name="Sam", a=14, things="nuts", b=5)},
     {"role": "assistant", "content": "14 + 5 = 19\n#### 19"},
-    {"role": "user", "content": story("Eva", 17, "pins", "loses 4", False)},
+    {"role": "user", "content": FEWER[0].format(name="Eva", a=17, things="pins", b=4)},
     {"role": "assistant", "content": "17 - 4 = 13\n#### 13"},
 ]
 
@@ -55,8 +59,9 @@ def row_of(rng, some):
     every = [pair for a, b in some for pair in ((a, b), (b, a))]
     more = rng.random() >= DIFFERENCES
     a, b = rng.choice([(a, b) for a, b in every if more or b <= LARGEST_TAKEN and (a + b) % 10 >= b % 10])
-    event = rng.choice(MORE if more else FEWER).format(b=b)
-    text = story(rng.choice(NAMES), a if more else a + b, rng.choice(THINGS), event, more)
+    name, other = rng.sample(NAMES, 2)
+    numbers = {"a": a if more else a + b, "b": b}
+    text = rng.choice(MORE if more else FEWER).format(name=name, other=other, things=rng.choice(THINGS), **numbers)
     return {"prompt": [*EXAMPLES, {"role": "user", "content": text}], "answer": str(a + b if more else a)}
 
 

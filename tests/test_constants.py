@@ -128,6 +128,7 @@ def test_a_script_run_from_the_command_line_fails_in_one_line(tmp_path):
         (["--max-steps", "0"], ["MAX_STEPS = 0"]),
         (["--gspo-epochs", "0"], ["GSPO_EPOCHS = 0"]),
         (["--mini-batches", "1000"], ["MINI_BATCHES", "--mini-batches"]),
+        (["--whole-groups", "--mini-batches", "17"], ["MINI_BATCHES", "BATCH_SIZE groups"]),
         (["--ratio-level", "word"], ["RATIO_LEVEL = 'word'", "'sequence'", "'token'"]),
         (["--advantage-type", "zscore"], ["ADVANTAGE_TYPE", "'relative'", "'normalized'"]),
         (["--lr-schedule", "step"], ["LR_SCHEDULE", "'cosine'"]),

@@ -72,6 +72,24 @@ def test_a_step_puts_each_token_through_each_model_once_and_no_padding(small_scr
     assert least <= sum(grad for _, grad in policy.seen) <= least + script.MINI_BATCHES + 2
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_whole_groups_stay_in_one_mini_batch_and_read_their_prompt_once(small_script, monkeypatch, whole):
+    script = small_script
+    script.WHOLE_GROUPS, script.ENTROPY_COEF, script.OVERLONG_FILTER, script.MINI_BATCHES = whole, 0.001, False, 2
+    monkeypatch.setattr(packing, "SHORT_PROMPT", 1)
+    trainer = trainer_of(script)
+    batches, update = [], trainer.update
+    trainer.update = lambda batch: (batches.append(batch), update(batch))[1]
+    passes = Passes(trainer.policy)
+    generate = trainer.generate_responses_with_group_sampling
+    trainer.generate_responses_with_group_sampling = lambda step: (generate(step), passes.seen.clear())[0]
+    trainer.train_step(1)
+    groups = [{tuple(row["prompt_ids"]) for row in batch.prompts} for batch in batches]
+    assert len(groups) == 2 and bool(groups[0] & groups[1]) != whole
+    once = sum(len(prompt) for some in groups for prompt in some)
+    assert passes.tokens(True) == once + sum(int((batch.completion_lengths - 1).sum()) for batch in batches)
+
+
 def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_script):
     script = small_script
     script.KL_COEF, script.ENTROPY_COEF, script.MAX_GRAD_NORM = 0.0, 0.0, 1e9
