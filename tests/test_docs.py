@@ -57,7 +57,7 @@ def test_every_constant_named_exists(page):
 
 @over_pages
 def test_every_flag_named_exists(page):
-    text, known = page.read_text(), set()
+    text, known = re.sub(r"^    (lm_eval|tensorboard) .*$", "", page.read_text(), flags=re.MULTILINE), set()
     for program in [
         *BY_NAME,
         "plotting",

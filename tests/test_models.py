@@ -564,3 +564,20 @@ def test_every_preset_holds_constants_of_the_scripts_that_keep_the_rules(script,
     own = script.presets.get(preset, {})
     assert {*configs.PRESETS.get(preset, {}), *own} <= {*configs.constant_values(vars(script))}
     configs.apply_overrides(vars(script), ["--preset", preset])
+
+
+@pytest.mark.parametrize(
+    "script, preset",
+    [*((script, "smollm2") for script in SCRIPTS), (gspo, "smollm2-lora")],
+    ids=lambda one: getattr(one, "__name__", one),
+)
+def test_the_preset_of_a_chat_model_trains_with_any_script(script, preset, model_folder, tmp_path, capsys):
+    """The model is a random one. What the preset says of sizes is made smaller, and nothing else."""
+    small = ["--batch-size", "2", "--group-size", "4", "--eval-size", "2", "--max-completion-tokens", "4"]
+    run = ["--max-steps", "2", "--save-every", "0", "--eval-every", "0", "--output-dir", str(tmp_path)]
+    own = {"vapo": ["--value-pretrain-steps", "1"], "dapo": ["--no-dynamic-sampling"]}  # it is never right
+    flags = [*small, *run, *own.get(script.__name__, [])]
+    script.main(["--preset", preset, "--policy-model", model_folder("qwen3"), *flags])
+    printed = capsys.readouterr().out
+    assert "left out" not in printed and "far too high" not in printed and "Held-out accuracy" in printed
+    assert script.WHOLE_GROUPS and script.LORA_RANK == (16 if preset == "smollm2-lora" else 0)
