@@ -75,12 +75,12 @@ _SMOLLM2 = {
     "WHOLE_GROUPS": True,  # a prompt has 133 tokens and a completion 15, so to read it once saves most of an update
     "LEARNING_RATE": 1e-5,  # at 3e-5 a run was lost: it answered every problem with a sum
     "WARMUP_STEPS": 2,
-    "MAX_STEPS": 40,
-    "EVAL_EVERY": 20,
+    "MAX_STEPS": 30,
+    "EVAL_EVERY": 15,
     "EVAL_SIZE": 128,  # enough to see a difference of 0.1, in a minute
     "EVAL_SAMPLES": 2,
     "SAMPLED_AT_ONCE": 128,  # in an evaluation; their keys and values take 1 GB
-    "SAVE_EVERY": 20,  # a checkpoint has 1.6 GB
+    "SAVE_EVERY": 15,  # a checkpoint has 1.6 GB
     "KEEP_CHECKPOINTS": 1,
 }
 PRESETS = {

@@ -194,7 +194,7 @@ def trl_arguments(steps, folder, micro_batch, continuous_batching):
         epsilon_high=grpo.CLIP_HIGH,
         beta=grpo.KL_COEF,
         use_bias_correction_kl=False,
-        scale_rewards="group",
+        scale_rewards="group" if grpo.ADVANTAGE_TYPE == "normalized" else "none",
         mask_truncated_completions=False,
         shuffle_dataset=False,
         use_transformers_continuous_batching=continuous_batching,

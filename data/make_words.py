@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SIZES = {"test": 256, "train": 1024}
-LARGEST = 16  # of the terms of a sum; the smallest is 2, because one of a thing would need another grammar
+LARGEST = 12  # of the terms of a sum; the smallest is 2, because one of a thing would need another grammar
 LARGEST_TAKEN = 9  # of what is taken away
 HELD_OUT = 0.25  # share of the sums that only the test has
 DIFFERENCES = 1 / 4  # share of the problems
