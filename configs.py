@@ -63,25 +63,25 @@ _SMOLLM2 = {
     "POLICY_MODEL": _SMALL if (HERE / _SMALL).is_dir() else "HuggingFaceTB/SmolLM2-135M-Instruct",
     "PROMPTS": "data/words/train.jsonl",
     "EVAL_PROMPTS": "data/words/test.jsonl",
-    "REWARDS": "math 1.0, format 0.2",  # format, because half of the first completions never come to an answer
+    "REWARDS": "math 1.0, format 0.2",  # format, because a third of the first completions are cut before an answer
     "EVAL_REWARD": "math",
-    "BATCH_SIZE": 8,  # 64 completions a step: more take longer, and do not need fewer steps in proportion
+    "BATCH_SIZE": 8,  # 64 completions a step, which take ten seconds to sample on a slow CPU
     "GROUP_SIZE": 8,
     "MAX_COMPLETION_TOKENS": 24,  # "14 + 5 = 19\n#### 19" has 15
     "ADVANTAGE_TYPE": "normalized",  # the algorithms' own; rewards are rare at first, and count the more
     "ENTROPY_COEF": 0.0,  # the papers have none
     "KL_COEF": 0.0,  # nor this, and a reference model would be a second copy in memory
-    "MINI_BATCHES": 2,
+    "MINI_BATCHES": 2,  # of four groups each, so that an update has some that are not dead
     "WHOLE_GROUPS": True,  # a prompt has 133 tokens and a completion 15, so to read it once saves most of an update
     "LEARNING_RATE": 1e-5,  # at 3e-5 a run was lost: it answered every problem with a sum
-    "WARMUP_STEPS": 2,
-    "MAX_STEPS": 30,
-    "EVAL_EVERY": 15,
+    "WARMUP_STEPS": 2,  # of 30
+    "MAX_STEPS": 30,  # most is learned in 15
+    "EVAL_EVERY": 15,  # an evaluation takes as long as four steps
     "EVAL_SIZE": 128,  # enough to see a difference of 0.1, in a minute
-    "EVAL_SAMPLES": 2,
+    "EVAL_SAMPLES": 2,  # for the same minute
     "SAMPLED_AT_ONCE": 128,  # in an evaluation; their keys and values take 1 GB
     "SAVE_EVERY": 15,  # a checkpoint has 1.6 GB
-    "KEEP_CHECKPOINTS": 1,
+    "KEEP_CHECKPOINTS": 1,  # for the same reason
 }
 PRESETS = {
     "smollm2": _SMOLLM2,

