@@ -55,6 +55,7 @@ from workloads import (
     prepare,
     set_constants,
     sizes_of,
+    sizes_of_rollouts,
     synchronize,
     useful_tokens,
 )
@@ -122,7 +123,7 @@ def run_ours(workload, steps):
                 "scoring": metrics["seconds_reward"] + metrics["seconds_logps"],
                 "update": metrics["seconds_update"],
                 "reward": metrics["reward"],
-                "sizes": sizes_of(rollouts, grpo.GROUP_SIZE),
+                "sizes": sizes_of_rollouts(rollouts),
                 "moving": trainer.moving(rollouts).tolist(),
                 "places": padding.places,
                 "peak": peak_now(),
@@ -153,8 +154,7 @@ def timed_trainer(rows, steps, places):
             outputs = super()._generate(prompts)
             synchronize()
             rows[-1]["rollout"] = time.perf_counter() - start
-            lengths = zip(map(len, outputs[0]), map(len, outputs[1]), strict=True)
-            rows[-1]["sizes"] = [(row // grpo.GROUP_SIZE, p, t) for row, (p, t) in enumerate(lengths)]
+            rows[-1]["sizes"] = sizes_of(outputs[0], list(map(len, outputs[1])), grpo.GROUP_SIZE)
             return outputs
 
         def create_scheduler(self, num_training_steps, optimizer=None):  # grpo.py's rate
@@ -254,7 +254,7 @@ def run_trl(workload, steps, prompts, folder, micro_batch, continuous_batching):
         row["update"] = row["seconds"] - row["rollout"] - row["scoring"]
     rows.pop()
     assert len(rows) == steps and all(
-        [p for _, p, _ in row["sizes"]] == [one["tokens"] for one in of_step for _ in range(grpo.GROUP_SIZE)]
+        [p for *_, p, _ in row["sizes"]] == [one["tokens"] for one in of_step for _ in range(grpo.GROUP_SIZE)]
         for row, of_step in zip(rows, batches(prompts), strict=True)
     ), "TRL was given other prompts"
     found = {}
@@ -278,7 +278,7 @@ def child(system, workload, folder, steps, *of_trl):
         model, rows, memory, found = run_ours(workload, steps)
     rewards, counted = [row["reward"] for row in rows], rows[1:]
     total = {name: sum(row[name] for row in counted) for name in ("seconds", "places", *PHASES)}
-    lengths = [t for row in counted for _, _, t in row["sizes"]]
+    lengths = [t for row in counted for *_, t in row["sizes"]]
     moving = [list(itertools.compress(row["sizes"], row["moving"])) for row in counted]
     done = [flops(model, row["sizes"], some, grpo.KL_COEF > 0) for row, some in zip(counted, moving, strict=True)]
     peak = statistics.median(row["peak"] for row in counted)

@@ -23,7 +23,16 @@ from unittest import mock
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the scripts set it, too, before they import torch
 
 import torch
-from workloads import flops, grpo, parse_with_workloads, peak_flops, prepare, set_constants, sizes_of, synchronize
+from workloads import (
+    flops,
+    grpo,
+    parse_with_workloads,
+    peak_flops,
+    prepare,
+    set_constants,
+    sizes_of_rollouts,
+    synchronize,
+)
 
 from engine import decoding, packing, sampling, vocabulary
 
@@ -43,6 +52,10 @@ def not_fused(optimizer):
         group["fused"] = True
 
 
+def no_common_start(ids, lengths):
+    return 0
+
+
 def parts_of(trainer):
     """Returns (name, work, a context without it) for each optimisation.
 
@@ -57,16 +70,26 @@ def parts_of(trainer):
             lambda: patch(sampling, "invert_cumulative", lambda *a: vocabulary._passes(*a)[0]),
         ),
         ("sampling in inference mode", "rollout", lambda: patch(torch, "inference_mode", torch.no_grad)),
+        (
+            "the common start of prompts, in sampling",
+            "rollout",
+            lambda: patch(sampling, "common_start", no_common_start),
+        ),
         ("the head by blocks of the vocabulary", "update", lambda: patch(grpo, "token_logps", plain_token_logps)),
         ("logits kept for the backward pass", "update", lambda: patch(grpo, "LOGITS_AT_ONCE", 2**22)),
         ("attention by rows of like length", "update", lambda: patch(packing, "split_by_length", lambda n: [n])),
         ("prompts that go through once", "update", lambda: patch(packing, "SHORT_PROMPT", 10**9)),
+        (
+            "the common start of prompts, in the update",
+            "update",
+            lambda: patch(packing, "common_start", no_common_start),
+        ),
         ("fused AdamW", "update", lambda: not_fused(trainer.optimizer)),
     ]
 
 
 def works_of(workload):
-    """Returns a trainer, and {work: function of a number that does it and returns its sizes_of}."""
+    """Returns a trainer, and {work: function of a number that does it and returns its sizes}."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
         set_constants(workload, folder, steps=1)
@@ -84,11 +107,11 @@ def works_of(workload):
     def update(number):
         rows = mini_batches[number % len(mini_batches)]
         trainer.update(rollouts.select(rows))
-        sizes = sizes_of(rollouts, grpo.GROUP_SIZE)
+        sizes = sizes_of_rollouts(rollouts)
         return [sizes[row] for row in rows]
 
     def rollout(number):
-        return sizes_of(trainer.generate_responses_with_group_sampling(number), grpo.GROUP_SIZE)
+        return sizes_of_rollouts(trainer.generate_responses_with_group_sampling(number))
 
     return trainer, {"update": update, "rollout": rollout}
 

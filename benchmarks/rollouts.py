@@ -31,6 +31,8 @@ from workloads import (
     peak_flops,
     prepare,
     set_constants,
+    sizes_of,
+    sizes_of_rollouts,
     synchronize,
 )
 
@@ -38,13 +40,12 @@ ONE_BY_ONE = 16
 
 
 def ours(trainer, rows, step):
-    rollouts = trainer.sample(rows, grpo.GROUP_SIZE, ("rollout", step))
-    return list(zip(rollouts.prompt_lengths.tolist(), rollouts.completion_lengths.tolist(), strict=True))
+    return sizes_of_rollouts(trainer.sample(rows, grpo.GROUP_SIZE, ("rollout", step)))
 
 
 @torch.no_grad()
 def generate(trainer, rows, step):
-    """Samples one completion for each of the rows in one call of generate(). Returns the (P, T) of each."""
+    """Samples one completion for each of the rows in one call of generate(). Returns the sizes_of them."""
     torch.manual_seed(step)
     ids = [row["prompt_ids"] for row in rows]
     batch = trainer.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(
@@ -65,7 +66,7 @@ def generate(trainer, rows, step):
     completions = output[:, batch["input_ids"].shape[1] :].cpu()
     ends = torch.isin(completions, torch.tensor(trainer.eos_ids))
     lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, completions.shape[1]).tolist()
-    return [(len(prompt), length) for prompt, length in zip(ids, lengths, strict=True)]
+    return sizes_of(ids, lengths, grpo.GROUP_SIZE)
 
 
 def in_a_batch(trainer, rows, step):
@@ -81,7 +82,7 @@ WAYS = {"grpo.py": ours, "generate(), in a batch": in_a_batch, "generate(), one 
 
 
 def measure(workload, rounds):
-    """Returns seconds and (P, T) pairs per way and round, and the trainer."""
+    """Returns seconds and the sizes_of completions per way and round, and the trainer."""
     found = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
@@ -92,10 +93,10 @@ def measure(workload, rounds):
             for name, way in list(WAYS.items())[:: 1 if step % 2 else -1]:
                 synchronize()
                 start = time.perf_counter()
-                pairs = way(trainer, rows, step)
+                sizes = way(trainer, rows, step)
                 synchronize()
                 if step:
-                    found[name].append((time.perf_counter() - start, pairs))
+                    found[name].append((time.perf_counter() - start, sizes))
     return found, trainer
 
 
@@ -111,15 +112,11 @@ def main():
         print("| way | s/round | completion tokens/s | mean length / maximum | utilisation | roofline |")
         print("|---|---|---|---|---|---|")
         for name, rounds in found.items():
-            seconds, lengths = [s for s, _ in rounds], [[t for _, t in pairs] for _, pairs in rounds]
+            seconds, lengths = [s for s, _ in rounds], [[t for *_, t in sizes] for _, sizes in rounds]
             speeds[name] = [sum(one) / s for one, s in zip(lengths, seconds, strict=True)]
             single = name == "generate(), one by one"
-            together = 1 if single else grpo.GROUP_SIZE
-            done = sum(
-                flops_of_pass(trainer.policy, [(row // together, *pair) for row, pair in enumerate(pairs)])
-                for _, pairs in rounds
-            )
-            batches = [batch for _, pairs in rounds for batch in ([[pair] for pair in pairs] if single else [pairs])]
+            batches = [batch for _, sizes in rounds for batch in ([[one] for one in sizes] if single else [sizes])]
+            done = sum(flops_of_pass(trainer.policy, batch) for batch in batches)
             read = sum(bytes_of_decoding(trainer.policy, batch) for batch in batches)
             share = statistics.mean(sum(lengths, [])) / grpo.MAX_COMPLETION_TOKENS
             print(

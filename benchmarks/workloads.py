@@ -6,10 +6,11 @@ completions end by chance, so their lengths are geometric, and a few are long.
 
 Floating point operations are counted for useful tokens only. These are the tokens that a step cannot do without: no
 padding, each prompt once for its group, and in the update no completion that moves nothing. N is the number of weights
-in the layers' matrices, and V x H that of the head. A group has a prompt of P tokens and completions of T tokens, whose
-last ones predict nothing.
+in the layers' matrices, and V x H that of the head. All prompts begin with the same C tokens, which count once. A group
+has a prompt of P tokens and completions of T tokens, whose last ones predict nothing.
 
-    pass     = Σ_groups 2 N P + 2 A P²                          A = layers x heads x head dimension; causal
+    pass     = 2 N C + 2 A C²                                   A = layers x heads x head dimension; causal
+               + Σ_groups 2 N (P − C) + 2 A (P² − C²)
                + Σ_completions 2 N (T − 1) + 2 V H T + 2 A ((P + T − 1)² − P²)
     rollouts = pass of all
     update   = 3 · pass of those that move the policy           forward and backward
@@ -41,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
 from configs import PRESETS  # noqa: E402
+from engine.packing import common_start  # noqa: E402
 
 SAME = {  # for both systems, in all workloads
     "KL_COEF": 0.04,
@@ -189,15 +191,28 @@ def parameters_of_layers(model):
     return sum(module.weight.numel() for module in linear)
 
 
-def sizes_of(rollouts, group_size):
-    """Returns (number of the prompt, P, T) of each completion."""
-    lengths = zip(rollouts.prompt_lengths.tolist(), rollouts.completion_lengths.tolist(), strict=True)
-    return [(row // group_size, p, t) for row, (p, t) in enumerate(lengths)]
+def sizes_of(prompts, completion_lengths, group_size):
+    """Returns (number of the prompt, C, P, T) of each completion. prompts: the ids of each one's prompt, as lists."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
+    common = common_start(ids, torch.tensor(list(map(len, prompts))))
+    pairs = zip(prompts, completion_lengths, strict=True)
+    return [(row // group_size, common, len(prompt), length) for row, (prompt, length) in enumerate(pairs)]
+
+
+def sizes_of_rollouts(rollouts):
+    prompts = [row["prompt_ids"] for row in rollouts.prompts]
+    return sizes_of(prompts, rollouts.completion_lengths.tolist(), grpo.GROUP_SIZE)
+
+
+def prompts_of(sizes):
+    """Returns C, or 0 if there is no completion, and the P of each prompt. sizes: as of sizes_of."""
+    return max((common for _, common, _, _ in sizes), default=0), {number: p for number, _, p, _ in sizes}.values()
 
 
 def useful_tokens(sizes):
     """Returns how many tokens must go through the layers in a pass. sizes: as of sizes_of."""
-    return sum({number: p for number, p, _ in sizes}.values()) + sum(t - 1 for _, _, t in sizes)
+    common, prompts = prompts_of(sizes)
+    return common + sum(p - common for p in prompts) + sum(t - 1 for *_, t in sizes)
 
 
 def flops_of_pass(model, sizes):
@@ -205,9 +220,10 @@ def flops_of_pass(model, sizes):
     config, layers = model.config, parameters_of_layers(model)
     size_of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_hidden_layers * config.num_attention_heads * size_of_head
-    of_pairs = sum(p**2 for p in {number: p for number, p, _ in sizes}.values())
-    of_pairs += sum((p + t - 1) ** 2 - p**2 for _, p, t in sizes)
-    head = config.vocab_size * config.hidden_size * sum(t for _, _, t in sizes)
+    common, prompts = prompts_of(sizes)
+    of_pairs = common**2 + sum(p**2 - common**2 for p in prompts)
+    of_pairs += sum((p + t - 1) ** 2 - p**2 for *_, p, t in sizes)
+    head = config.vocab_size * config.hidden_size * sum(t for *_, t in sizes)
     return 2 * (layers * useful_tokens(sizes) + head + attention * of_pairs)
 
 
@@ -221,16 +237,16 @@ def flops(model, sizes, moving, with_reference):
     return {"rollout": rollouts, "update": update, "step": rollouts * (2 if with_reference else 1) + update}
 
 
-def bytes_of_decoding(model, pairs):
+def bytes_of_decoding(model, sizes):
     """Returns the bytes that sampling a batch must read, in float32 or, on a GPU, in bfloat16.
 
-    pairs: (P, T) per completion.
+    sizes: as of sizes_of.
     """
     config, size = model.config, 2 if model.device.type == "cuda" else 4
     weights = parameters_of_layers(model) + config.vocab_size * config.hidden_size
     of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    cached = sum((t - 1) * p + t * (t - 1) // 2 for p, t in pairs)
-    return size * (max(t for _, t in pairs) * weights + cached * of_a_token)
+    cached = sum((t - 1) * p + t * (t - 1) // 2 for *_, p, t in sizes)
+    return size * (max(t for *_, t in sizes) * weights + cached * of_a_token)
 
 
 def peak_bandwidth(device, seconds=1.5):

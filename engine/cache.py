@@ -63,6 +63,11 @@ class GrowingCache:
             more = min(max(end, self.most), end + max(32, end // 2)) - used
             self.layers[layer] = tuple(torch.nn.functional.pad(x[:, :, :used], (0, 0, 0, more)) for x in states)
 
+    def spread(self, places):
+        """Makes rows of the only one. Each has the tokens at its places. places: (rows, all tokens so far)."""
+        for i, layer in enumerate(self.layers):
+            self.layers[i] = tuple(states[0][:, places].transpose(0, 1) for states in layer)
+
     def select(self, rows):
         """Keeps some rows, in the given order. A row that is named several times is repeated."""
         for i, layer in enumerate(self.layers):  # one by one, because a copy needs the memory of a layer twice

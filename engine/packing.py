@@ -21,8 +21,8 @@ SHORT_PROMPT = 32  # tokens; to read a shorter one again takes less time than at
 class Packing:
     """Several sequences, one after the other, as the N tokens of one row. So the model sees no padding.
 
-    A sequence may go on from another, its prefix, as the completions of a group go on from their prompt. The prefix
-    stands there once, and its gradient is the sum of theirs.
+    A sequence may go on from another, its prefix, as the completions of a group go on from their prompt. The prefix,
+    which may itself go on from one, stands there once. Its gradient is the sum of theirs.
 
     Every layer but attention works on each token by itself. Attention needs each sequence in a row of its own, behind
     its prefix. So the attention of this module unpacks the sequences, long ones apart from short ones, and packs its
@@ -31,7 +31,7 @@ class Packing:
 
     model: torch.nn.Module
     sequences: list  # of ids (tokens,); those with the same prefix stand together
-    prefixes: list = None  # for each sequence the number of the one that it goes on from, which has none, or None
+    prefixes: list = None  # for each sequence the number of the one that it goes on from, or None
 
     def __post_init__(self):
         if self.model.config._attn_implementation != NAME:
@@ -40,16 +40,15 @@ class Packing:
             )
         lengths = torch.tensor([len(ids) for ids in self.sequences])
         self.first = lengths.cumsum(0) - lengths  # (sequences,) where each one begins
-        prefixes, first, device = self.prefixes or [None] * len(lengths), self.first.tolist(), self.model.device
+        self.prefixes, device = self.prefixes or [None] * len(lengths), self.model.device
         self.parts, begin, positions = [], 0, []
-        for prefix, numbers in itertools.groupby(range(len(lengths)), prefixes.__getitem__):
-            before = 0 if prefix is None else int(lengths[prefix])
+        for prefix, numbers in itertools.groupby(range(len(lengths)), self.prefixes.__getitem__):
+            before = self.tokens_up_to(prefix)
             for some in split_by_length(lengths[list(numbers)]):
                 if tokens := int(some.sum()):
-                    shared = slice(first[prefix], first[prefix] + before) if before else None
                     place = places(some, int(some.max()))
-                    positions.append(place % int(some.max()) + before)
-                    rows = PaddedRows(len(some), int(some.max()), place.to(device), shared)
+                    positions.append(place % int(some.max()) + len(before))
+                    rows = PaddedRows(len(some), int(some.max()), place.to(device), before.to(device))
                     self.parts.append((slice(begin, begin + tokens), rows))
                     begin += tokens
         self.inputs = {  # the model's arguments
@@ -60,6 +59,13 @@ class Packing:
             "packing": self,
         }
 
+    def tokens_up_to(self, number):
+        """Returns the places of the tokens that a sequence goes on from, and of its own. number: its own, or None."""
+        if number is None:
+            return torch.arange(0)
+        own = self.first[number] + torch.arange(len(self.sequences[number]))
+        return torch.cat([self.tokens_up_to(self.prefixes[number]), own])
+
 
 def states_before_tokens(model, rollouts, after=0):
     """Returns the last hidden states at the token before each completion token, which predict it: (tokens, H).
@@ -68,7 +74,7 @@ def states_before_tokens(model, rollouts, after=0):
     """
     sequences, prefixes, of_prompt, of_completion = sequences_of(rollouts, after)
     packing = Packing(model, sequences, prefixes)
-    prompt_end = packing.first[of_prompt] + rollouts.prompt_lengths  # (B,)
+    prompt_end = packing.first[of_prompt] + rollouts.prompt_lengths - len(sequences[0])  # (B,)
     begin = torch.where(of_prompt == of_completion, prompt_end, packing.first[of_completion])  # (B,)
     row, t = rollouts.completion_mask.nonzero(as_tuple=True)  # (tokens,) each
     t = t - 1 + after
@@ -80,21 +86,36 @@ def states_before_tokens(model, rollouts, after=0):
 def sequences_of(rollouts, after):
     """Returns the sequences and prefixes for a Packing, and which sequence holds each row's prompt, and completion.
 
-    The last two are (B,). A prompt that several completions share is a sequence of its own. Any other stands in one
-    sequence with its completion. If after is 0, the last tokens are left out, because they predict nothing.
+    The last two are (B,). Sequence 0 is what all prompts begin with, and the prompts go on from it. A prompt that
+    several completions share is a sequence of its own. Any other stands in one sequence with its completion. If after
+    is 0, the last tokens are left out, because they predict nothing.
     """
     ids, numbers = rollouts.input_ids, prompt_numbers(rollouts)
     prompt, end = rollouts.prompt_lengths.tolist(), (rollouts.lengths - 1 + after).tolist()
-    count, of_completion = Counter(numbers), list(numbers)
-    firsts = (numbers.index(number) for number in range(len(count)))
-    sequences = [ids[row, : prompt[row] if count[number] > 1 else end[row]] for number, row in enumerate(firsts)]
-    prefixes = [None] * len(sequences)
+    count, of_prompt = Counter(numbers), [number + 1 for number in numbers]
+    common = common_start(ids, rollouts.prompt_lengths) if len(count) > 1 else 0
+    sequences, prefixes, of_completion = [ids[0, :common]], [None], list(of_prompt)
+    for number in range(len(count)):
+        row = numbers.index(number)
+        sequences.append(ids[row, common : prompt[row] if count[number] > 1 else end[row]])
+        prefixes.append(0)
     for row in sorted(range(len(numbers)), key=numbers.__getitem__):
         if count[numbers[row]] > 1:
             of_completion[row] = len(sequences)
             sequences.append(ids[row, prompt[row] : end[row]])
-            prefixes.append(numbers[row])
-    return sequences, prefixes, torch.tensor(numbers), torch.tensor(of_completion)
+            prefixes.append(of_prompt[row])
+    return sequences, prefixes, torch.tensor(of_prompt), torch.tensor(of_completion)
+
+
+def common_start(ids, lengths):
+    """Returns with how many tokens all prompts begin, but for the last token of each, or 0 if these are few.
+
+    These can be a system message and solved examples. ids: (prompts, P or more). lengths: (prompts,).
+    """
+    shortest = int(lengths.min()) - 1
+    same = (ids[:, :shortest] == ids[0, :shortest]).all(0)
+    common = int(same.cumprod(0).sum())
+    return common if common >= SHORT_PROMPT else 0
 
 
 def prompt_numbers(rollouts):
@@ -179,7 +200,7 @@ class PaddedRows:
     rows: int
     width: int  # length of the longest
     place: torch.Tensor  # (tokens,) index of each token in the rows laid out one after the other
-    prefix: slice = None  # the packed tokens that stand before each of them
+    before: torch.Tensor  # (prefix,) index of each packed token that all of them go on from
 
     def unpack(self, states):
         """Turns (1, heads, tokens, D) into (rows, heads, width, D), with 0 at padding."""
@@ -193,9 +214,9 @@ class PaddedRows:
 
     def with_prefix(self, packed, states):
         """Returns states (rows, heads, width, D) behind those of the prefix, which are among the packed ones."""
-        if self.prefix is None:
+        if len(self.before) == 0:
             return states
-        return torch.cat([packed[:, :, self.prefix].expand(self.rows, -1, -1, -1), states], 2)
+        return torch.cat([packed.index_select(2, self.before).expand(self.rows, -1, -1, -1), states], 2)
 
     def pack(self, states):
         """Turns (rows, width, heads, D) into (1, tokens, heads, D)."""

@@ -1,9 +1,11 @@
 """The sampler: it completes prompts with a transformers model, token by token, with a key/value cache."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from engine.cache import GrowingCache, with_cache
 from engine.decoding import decoder_of
+from engine.packing import common_start
 from engine.precision import autocast
 from engine.rollouts import Rollouts
 from engine.vocabulary import invert_cumulative
@@ -91,26 +93,35 @@ class Sampler:
     def read_prompts(self, rows, group_size, max_tokens):
         """Passes each prompt through the model once, padded on the left, and repeats the results for its group.
 
+        If all prompts begin with the same tokens, such as a system message, these go through once for all.
+
         Returns the last hidden states (B, H); the cache; a mask (B, P + max_tokens) that is False at the prompt's
         padding; and the position of each completion's first token (B,).
         """
         model, device = self.policy, self.policy.device
-        lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
-        width, pad = int(lengths.max()), [self.tokenizer.pad_token_id]
-        prompt_ids = torch.tensor([pad * (width - len(row["prompt_ids"])) + row["prompt_ids"] for row in rows])
-        visible = torch.arange(width + max_tokens) >= (width - lengths)[:, None]  # (prompts, P + max_tokens)
-        prompt_ids, visible, position = prompt_ids.to(device), visible.to(device), lengths.to(device)
-        cache, seen = GrowingCache(width + max_tokens), visible[:, None, None, :width]  # (prompts, 1, 1, P)
-        with autocast(device):
-            hidden = model.base_model(
-                input_ids=prompt_ids,
-                attention_mask=(seen | torch.eye(width, dtype=torch.bool, device=device)).tril(),  # (prompts, 1, P, P)
-                position_ids=(visible[:, :width].cumsum(1) - 1).clamp(min=0),
-                **with_cache(model.base_model, cache),
-            ).last_hidden_state[:, -1]  # (prompts, H)
+        prompts = [torch.tensor(row["prompt_ids"]) for row in rows]
+        lengths, pad = torch.tensor([len(ids) for ids in prompts]), self.tokenizer.pad_token_id
+        common = common_start(pad_sequence(prompts, batch_first=True), lengths) if len(rows) > 1 else 0
+        prompt_ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left").to(device)
+        width, padding = prompt_ids.shape[1], prompt_ids.shape[1] - lengths[:, None]
+        visible = (torch.arange(width + max_tokens) >= padding).to(device)  # (prompts, P + max_tokens)
+        position = (visible[:, :width].cumsum(1) - 1).clamp(min=0)
+        seen = visible[:, None, None, :width] | torch.eye(width, dtype=torch.bool, device=device)
+        seen, cache = seen.tril(), GrowingCache(width + max_tokens)  # (prompts, 1, P, P)
+
+        def read(ids, mask, position):
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+            with autocast(device):
+                return model.base_model(**inputs, **with_cache(model.base_model, cache)).last_hidden_state[:, -1]
+
+        if common:  # each row has as much of it as its padding leaves room for, and reads the rest with its own tokens
+            place = torch.arange(common, device=device)
+            read(prompts[0][None, :common].to(device), (place[:, None] >= place)[None, None], place[None])
+            cache.spread((place - padding.to(device)).clamp(min=0))
+        hidden = read(prompt_ids[:, common:], seen[:, :, common:], position[:, common:])  # (prompts, H)
         prompt = torch.arange(len(rows) * group_size, device=device) // group_size
         cache.select(prompt)
-        return hidden[prompt], cache, visible[prompt], position[prompt]
+        return hidden[prompt], cache, visible[prompt], lengths.to(device)[prompt]
 
 
 def sample_tokens(logits, uniform, temperature, top_p):
@@ -154,7 +165,7 @@ def assemble(tokenizer, rows, group_size, completion_ids, completion_lengths, lo
     return Rollouts(
         prompts=prompts,
         texts=[row.get("begun", "") + text for row, text in zip(prompts, texts, strict=True)],
-        input_ids=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
+        input_ids=pad_sequence(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
         prompt_lengths=torch.tensor([len(row["prompt_ids"]) for row in prompts]),
         completion_lengths=completion_lengths,
         completion_mask=completion_mask,

@@ -109,8 +109,9 @@ def check_policy(model, tokenizer, constant):
     check_vocabulary(model, tokenizer, constant)
     ids, lengths, head = torch.arange(10).remainder(len(tokenizer)).view(2, 5), [5, 3], model.get_output_embeddings()
     try:
-        # The first sequence stands in two parts, as prompts and completions do.
-        packed_rows = packing.Packing(model, [ids[0, :2], ids[0, 2:], ids[1, :3]], [None, 0, None])
+        # The first sequence stands in three parts, as the common start of prompts, a prompt and a completion do.
+        parts = [ids[0, :1], ids[0, 1:3], ids[0, 3:], ids[1, :3]]
+        packed_rows = packing.Packing(model, parts, [None, 0, 1, None])
         hidden = model.base_model(**packed_rows.inputs, use_cache=False).last_hidden_state[0]
         packed = torch.nn.functional.linear(hidden, head.weight, head.bias)
         model.set_attn_implementation("sdpa")

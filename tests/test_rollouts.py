@@ -46,6 +46,10 @@ class Tokenizer:
 PROMPTS = [{"prompt_ids": ids} for ids in ([5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [3, 0, 4])]  # a pad id inside, too
 
 
+START = 40 * [17]  # a common start of prompts, long enough to go through once
+STARTED = [{"prompt_ids": START + row["prompt_ids"]} for row in PROMPTS]
+
+
 def sample(model, rows=PROMPTS, group_size=4, eos_ids=(EOS,), greedy=False, tokens=24):
     shape, generator = (len(rows) * group_size, tokens), gspo.generator_of("test")
     uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator)
@@ -145,9 +149,33 @@ def test_a_prompt_that_completions_share_goes_through_once_with_the_same_gradien
         torch.testing.assert_close(once[0][i, : len(expected)], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_is_the_same_alone_and_in_a_left_padded_batch(model):
-    together = sample(model, group_size=1, greedy=True)
-    for i, row in enumerate(PROMPTS):
+@pytest.mark.parametrize("after", [0, 1])
+def test_the_common_start_of_prompts_goes_through_once_with_the_same_gradient(model, after, monkeypatch):
+    rollouts, found = sample(model, STARTED, group_size=3), {}
+    mixed = rollouts.select(torch.tensor([3, 9, 0, 7, 4, 2]))  # two groups, and two rows alone
+    for short in (packing.SHORT_PROMPT, 1000):
+        monkeypatch.setattr(packing, "SHORT_PROMPT", short)
+        model.zero_grad()
+        states, places = places_through(model, lambda: packing.states_before_tokens(model, mixed, after))
+        (states * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+        gradients = [p.grad.clone() for p in model.base_model.parameters()]
+        found[short] = [states.detach(), *gradients], places
+    (once, fewer), (each, places) = found.values()
+    for a, b in zip(once, each, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert places == int((mixed.lengths - 1 + after).sum())
+    assert places - fewer == 5 * len(START) + len(PROMPTS[1]["prompt_ids"]) + len(PROMPTS[0]["prompt_ids"])
+
+
+def test_the_common_start_of_prompts_is_sampled_from_once(model):
+    _, places = places_through(model, lambda: sample(model, STARTED, group_size=2, tokens=1))
+    assert places == len(START) + len(STARTED) * 6  # each prompt's own tokens, padded to the longest
+
+
+@pytest.mark.parametrize("rows", [PROMPTS, STARTED])
+def test_a_row_is_the_same_alone_and_in_a_left_padded_batch(model, rows):
+    together = sample(model, rows, group_size=1, greedy=True)
+    for i, row in enumerate(rows):
         alone = sample(model, [row], group_size=1, greedy=True)
         assert completion(alone, 0) == completion(together, i)
         n = int(alone.completion_lengths[0])

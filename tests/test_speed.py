@@ -137,7 +137,7 @@ def test_the_sampler_waits_only_when_it_checks_for_finished_rows(small, monkeypa
     assert shapes[0] == (4, max(len(row["prompt_ids"]) for row in rows))  # prompts once, not once per completion
     rows_left = [shape.numel() for shape in shapes[1:]]
     drops = sum(fewer < more for more, fewer in itertools.pairwise([16, *rows_left]))
-    before_and_after = 2 + len(rollouts.texts)  # two widths, and the length of each completion
+    before_and_after = 3 + len(rollouts.texts)  # of prompts and completions: widths, a common start, and each length
     assert drops > 0 and waits.count == before_and_after + len(shapes) // every + drops  # a drop asks which rows stay
 
 
@@ -186,18 +186,19 @@ def test_benchmarks_count_the_operations_that_a_naive_pass_does(small, monkeypat
         pairs_of_tokens = found.pop(torch.ops.aten.bmm)  # all of them; causal attention sees half of them
         return sum(found.values()) + pairs_of_tokens / 2
 
-    sizes = [(0, 5, 3), (0, 5, 1), (1, 2, 7), (1, 2, 4)]  # two groups of two completions
-    whole = sum(naive(p + t - 1, t) for _, p, t in sizes)  # after the last token nothing is predicted
+    sizes = [(0, 2, 5, 3), (0, 2, 5, 1), (1, 2, 3, 7), (1, 2, 3, 4)]  # two groups of two completions
+    whole = sum(naive(p + t - 1, t) for *_, p, t in sizes)  # after the last token nothing is predicted
     head = 2 * model.config.vocab_size * model.config.hidden_size
-    prompts_again = sum(naive(p, 1) - head for _, p, _ in sizes[::2])  # a group's second completion shares its prompt
+    again = sum(naive(p, 1) - head for *_, p, _ in sizes[::2])  # a group's second completion shares its prompt
+    again += naive(2, 1) - head  # the second prompt shares its first two tokens
     counted = workloads.flops(model, sizes, sizes[2:], with_reference=True)
-    assert counted["rollout"] == pytest.approx(whole - prompts_again, rel=1e-3)  # angles of positions are products, too
-    of_second_group = naive(8, 7) + naive(5, 4) - (naive(2, 1) - head)
+    assert counted["rollout"] == pytest.approx(whole - again, rel=1e-3)  # angles of positions are products, too
+    of_second_group = naive(9, 7) + naive(6, 4) - (naive(3, 1) - head)
     assert counted["update"] == pytest.approx(3 * of_second_group, rel=1e-3)
     assert counted["step"] == 2 * counted["rollout"] + counted["update"]
     without = workloads.flops(model, sizes, sizes[2:], with_reference=False)
     assert without["step"] == counted["rollout"] + counted["update"]
-    assert workloads.useful_tokens(sizes) == 5 + 2 + 2 + 0 + 6 + 3
+    assert workloads.useful_tokens(sizes) == 2 + 3 + 2 + 0 + 1 + 6 + 3 and workloads.useful_tokens([]) == 0
 
 
 def test_packed_sequences_are_cut_if_rows_would_be_mostly_padding():
