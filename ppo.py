@@ -171,6 +171,7 @@ limits = {
 policy_rests = "CRITIC_WARMUP_STEPS"
 gsm8k = {"GROUP_SIZE": 1, "BATCH_SIZE": 128, "CRITIC_LEARNING_RATE": 1e-5}
 presets = {"gsm8k": gsm8k, "gsm8k-reward-model": gsm8k, "smollm2": {"CRITIC_LEARNING_RATE": 1e-5}}
+presets["smollm2-lora"] = {"CRITIC_LEARNING_RATE": 3e-4}  # the critic trains adapters, too
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------
 # Pure functions of tensors, in whatever floating dtype they are given. B completions (= prompts x G, the groups
