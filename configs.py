@@ -426,6 +426,8 @@ RULES = {
     "CLIP_LOW": (float, lambda v: 0 <= v < 1, "an offset from 1, in [0, 1): 0.2 clips the ratio at 0.8"),
     "CLIP_HIGH": (float, _not_negative, "an offset from 1, not negative: 0.28 clips the ratio at 1.28"),
     "ADVANTAGE_TYPE": (str, ("relative", "normalized"), None),
+    "EXPERTS": (str, ("eager", "grouped_mm", "batched_mm"), None),
+    "ROUTING_REPLAY": (str, ("", "r2", "r3"), None),
     "POLICY_DTYPE": (str, ("float32", "bfloat16"), None),
     "FROZEN_DTYPE": (str, ("auto", "float32", "bfloat16"), None),
     "STEP_SEPARATOR": (str, lambda v: True, ""),

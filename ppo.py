@@ -42,13 +42,14 @@ import torch
 
 import configs
 from bookkeeping.evaluation import evaluation_metrics
-from bookkeeping.metrics import Clock, ratio_metrics, samples_of, step_metrics, value_metrics
+from bookkeeping.metrics import Clock, ratio_metrics, routing_metrics, samples_of, step_metrics, value_metrics
 from bookkeeping.run import Run
 from bookkeeping.selftest import selftest
 from engine.memory import FitToMemory, set_up_process
 from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
-from engine.rollouts import Rollouts, in_places, last_tokens, on_last_token
+from engine.rollouts import Rollouts, in_places, last_tokens
+from engine.routing import load_balancing_loss
 from engine.sampling import Sampler
 from engine.steps import learning_rate_at, split_at_random, take_step
 from engine.vocabulary import token_logps
@@ -64,6 +65,7 @@ from scoring.load import check_reward_names, load_rewards
 POLICY_MODEL = "data/models/arithmetic-policy"  # folder or Hub id of the model to train
 POLICY_REVISION = "main"  # branch, tag or commit of a Hub id
 POLICY_DTYPE = "float32"  # of the weights that train; "bfloat16" halves them, and swallows most updates below 1e-5
+EXPERTS = "eager"  # how a mixture computes its experts; "grouped_mm" is faster on a GPU, and repeats no run to the bit
 REWARD_MODEL = "data/models/arithmetic-reward"  # folder or Hub id of a sequence classifier with one logit
 REWARD_REVISION = "main"  # branch, tag or commit of a Hub id
 USE_SEQUENCE_LEVEL_REWARD = True  # one reward per completion; False: REWARD_MODEL is a token classifier, one per token
@@ -116,6 +118,8 @@ ADVANTAGE_TYPE = "normalized"  # "normalized" (whitened over the step's tokens) 
 PPO_EPOCHS = 1  # passes over the rollouts of a step
 MINI_BATCHES = 4  # optimizer steps per pass, of policy and of critic
 WHOLE_GROUPS = False  # a group falls into one mini-batch, which reads its prompt once; False splits all completions
+ROUTING_REPLAY = ""  # a mixture trains with the experts of π_old's pass ("r2") or of sampling ("r3"); "" chooses anew
+ROUTER_AUX_COEF = 0.0  # weight of a mixture's load-balancing loss, E Σ_e f_e P_e (arXiv 2101.03961, eq. 4); 0 is off
 CLIP_LOW = 0.2  # the token's ratio is clipped at 1 - this
 CLIP_HIGH = 0.2  # the token's ratio is clipped at 1 + this
 DUAL_CLIP = 0.0  # for negative advantages the loss of a token is at most this times -A; 0 is off, verl's default is 3
@@ -308,7 +312,7 @@ def completion_logps(model, rollouts, with_entropy=False):
     """
     head, targets = model.get_output_embeddings(), rollouts.completion_ids.to(model.device)  # (tokens,)
     with autocast(model.device):
-        hidden = states_before_tokens(model, rollouts) / TEMPERATURE  # (tokens, H)
+        hidden = states_before_tokens(model, rollouts, replay=ROUTING_REPLAY != "") / TEMPERATURE  # (tokens, H)
         values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)
     logps, entropy = (in_places(value, rollouts.completion_mask) for value in values)
     return logps, entropy if with_entropy else None
@@ -382,11 +386,7 @@ class PPOTrainer:
 
     def compute_rewards(self, rollouts):
         """The weighted sum of REWARDS, (B,). If the reward model scores tokens, (B, T), with the others on the last."""
-        rewards = torch.tensor(self.rewards(rollouts.prompts, rollouts.texts, rollouts))
-        if USE_SEQUENCE_LEVEL_REWARD:
-            return rewards
-        token_rewards = self.rewards.weights["reward_model"] * self.rewards.reward_model.token_scores  # (B, T)
-        return token_rewards + on_last_token(rewards - token_rewards.sum(1), rollouts)
+        return self.rewards.of(rollouts)
 
     def score(self, rollouts):
         """The rewards that advantages are made of, (B,) or (B, T)."""
@@ -406,6 +406,8 @@ class PPOTrainer:
         """
         if self.policy_device.type == "cpu" and POLICY_DTYPE == "float32":
             return rollouts.sampled_logps
+        if ROUTING_REPLAY == "r2":
+            rollouts.experts = None  # so the pass below chooses them, and puts them there
         return self.compute_log_probs(self.policy, rollouts)
 
     def compute_ref_logps(self, rollouts):
@@ -510,16 +512,12 @@ class PPOTrainer:
     def compute_gradient(self, batch, budget):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
-        Returns logps (B, T), without gradient, and the losses. Rows that move nothing do not go through the model, and
-        have old_logps.
+        Returns logps (B, T), without gradient, and the losses. Rows that move nothing stay out, and have old_logps.
         """
         chosen = self.moving(batch).nonzero().squeeze(1)
-        moving, logps, stats = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True), {}
+        moving, logps = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True)
+        stats = {"policy_loss": torch.zeros((), device=self.policy_device)}
         self.optimizer.zero_grad()
-        if len(chosen) == 0:  # the gradient is zero rather than absent, so that AdamW's averages go on
-            stats["policy_loss"] = torch.zeros((), device=self.policy_device)
-            for parameter in self.trained:
-                parameter.grad = torch.zeros_like(parameter)
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
         for rows in micro_batches(moving, budget):
             part = moving.select(rows)
@@ -534,7 +532,7 @@ class PPOTrainer:
 
     def moving(self, batch):
         """Which completions move the policy, (B,) on the CPU: with an advantage, or all by another term."""
-        all_move = batch.ref_logps is not None or ENTROPY_COEF > 0
+        all_move = batch.ref_logps is not None or ENTROPY_COEF + ROUTER_AUX_COEF > 0
         return batch.advantages.view(len(batch.texts), -1).any(1).cpu() | all_move
 
     def losses(self, part, batch, logps, entropy):
@@ -549,7 +547,10 @@ class PPOTrainer:
             losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask)
         if part.ref_logps is not None and not KL_IN_REWARD:
             losses["kl_loss"] = self.kl_coef * aggregate(compute_kl(logps, part.ref_logps), mask)
-        return {name: share * loss for name, loss in losses.items()}
+        losses = {name: share * loss for name, loss in losses.items()}
+        if ROUTER_AUX_COEF > 0:  # a mean over tokens, whatever the loss divides by
+            losses["router_loss"] = ROUTER_AUX_COEF * load_balancing_loss(self.policy.routing, batch)
+        return losses
 
     # -- 5. Adapt and log
 
@@ -562,6 +563,7 @@ class PPOTrainer:
         """What metrics.jsonl holds of a step's sampling, rewards and updates."""
         metrics = {"learning_rate": learning_rate_at(step, self.constants), "kl_coef": self.kl_coef}
         metrics |= {"memory_halvings": self.fit_to_memory.halvings.total()} | self.rewards.report()
+        metrics |= routing_metrics(self.policy, rollouts, GROUP_SIZE, MICRO_BATCH_TOKENS)
         return metrics | step_metrics(rollouts, updates, GROUP_SIZE) | value_metrics(rollouts, self.value_updates)
 
     def keep_samples(self, step, rollouts, metrics):

@@ -11,7 +11,6 @@ def evaluation_metrics(sampled, greedy, eval_reward, k):
     sampled, greedy: Rollouts. eval_reward: a Rewards with this one rule. k: that of eval_pass_at_k.
     """
     right, right_greedy = (eval_reward(some.prompts, some.texts) for some in (sampled, greedy))
-    eval_reward.report()  # drops the scores, which would pile up over the run
     check_right(right + right_greedy, *eval_reward.weights)
     metrics = accuracy_metrics(right, len(right) // len(right_greedy), k)
     return metrics | {"eval_accuracy_greedy": sum(right_greedy) / len(right_greedy)}

@@ -6,7 +6,10 @@ from math import inf, isfinite
 
 import torch
 
+from engine.packing import micro_batches, states_before_tokens
+from engine.precision import autocast
 from engine.rollouts import last_tokens
+from engine.routing import experts_of_tokens, loads_of, routing_of
 
 
 def step_metrics(rollouts, updates, group_size):
@@ -42,6 +45,36 @@ def step_metrics(rollouts, updates, group_size):
         "completion_tokens": int(lengths.sum()),
         "avg_response_length": lengths.mean().item(),
         "truncated": rollouts.truncated.double().mean().item(),
+    }
+
+
+@torch.no_grad()
+def routing_metrics(policy, rollouts, group_size, token_budget):
+    """Returns the metrics of a mixture's routers in a step, after its updates; none for a policy that is no mixture.
+
+    They are means over the layers, and over the tokens that predict one. routing_changed: the share of (token, layer)
+    whose set of experts is no longer the recorded one, in the last group. router_entropy: that of the router's softmax
+    there, nats. expert_load_max: the share of the busiest expert in a layer's recorded choices, times the number of
+    experts: 1 if all are as busy.
+    """
+    routing = routing_of(policy)
+    if routing is None:
+        return {}
+    loads = loads_of(experts_of_tokens(rollouts), routing.routers[0].num_experts)  # (layers, experts)
+    last = rollouts.select(torch.arange(len(rollouts.texts))[-group_size:])
+    changed, entropies = [], []
+    for rows in micro_batches(last, token_budget):
+        part = last.select(rows)
+        before, part.experts = experts_of_tokens(part).sort(-1).values, None
+        with autocast(policy.device):
+            states_before_tokens(policy, part, replay=True)  # the routers choose, because there are no experts to take
+        changed.append((experts_of_tokens(part).sort(-1).values != before).any(-1))  # (tokens, layers)
+        logps = torch.stack(routing.logits).float().log_softmax(-1)  # (layers, tokens, experts)
+        entropies.append(-(logps.exp() * logps).sum(-1).mean(0))  # (tokens,)
+    return {
+        "routing_changed": torch.cat(changed).double().mean().item(),
+        "router_entropy": torch.cat(entropies).mean().item(),
+        "expert_load_max": (loads.amax(1) * loads.shape[1]).mean().item(),
     }
 
 

@@ -18,8 +18,9 @@ It writes these, all from one seed:
 
     data/arithmetic/{train,test}.jsonl    prompts and answers, disjoint
     data/models/arithmetic-policy/        Qwen3ForCausalLM
+    data/models/arithmetic-moe/           Qwen3MoeForCausalLM, a mixture of experts that is trained as the policy is
     data/models/arithmetic-reward/        Qwen3ForSequenceClassification, one logit, trained on 0 and 1
-    data/models/accuracy.json             the accuracy of both on the held-out prompts
+    data/models/accuracy.json             the accuracy of the models on the held-out prompts
 """
 
 import argparse
@@ -30,13 +31,23 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 HERE = Path(__file__).parent
 PAD, EOS, CHARACTERS = 0, 1, "0123456789+=,#?"
 STYLES = {"direct": 0.54, "slip": 0.20, "worked": 0.14, "ramble": 0.12}
 TRAIN_PROMPTS, TEST_PROMPTS = 4096, 512
 LONGEST = 96  # tokens of prompt and completion, the models' context
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
+BALANCE = 0.01  # weight of the load-balancing loss in pre-training; without it some experts get no tokens
 
 
 # ---- Problems and the styles of solving them
@@ -134,8 +145,8 @@ def make_tokenizer():
     )
 
 
-def make_config(**extra):
-    return Qwen3Config(
+def make_config(kind=Qwen3Config, **extra):
+    return kind(
         vocab_size=3 + len(CHARACTERS),
         hidden_size=96,
         intermediate_size=256,
@@ -190,10 +201,13 @@ def policy_loss(model, ids, prompt_lengths):
     It is a sum over a constant, and not a mean over the batch's tokens. Each batch holds rows of one length, so a mean
     would give the first token of the short styles more weight.
     """
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    routers = {"output_router_logits": True} if isinstance(model, Qwen3MoeForCausalLM) else {}
+    output = model(input_ids=ids, use_cache=False, **routers)
+    logits = output.logits[:, :-1]
     position = torch.arange(1, ids.shape[1])
     graded = (ids[:, 1:] != PAD) & (position >= torch.tensor(prompt_lengths)[:, None])
-    return torch.nn.functional.cross_entropy(logits[graded], ids[:, 1:][graded], reduction="sum") / (20 * len(ids))
+    loss = torch.nn.functional.cross_entropy(logits[graded], ids[:, 1:][graded], reduction="sum") / (20 * len(ids))
+    return loss + BALANCE * output.aux_loss if routers else loss
 
 
 def reward_loss(model, ids, labels):
@@ -259,12 +273,17 @@ class Solutions:
         return [(prompt, text, answer) for (prompt, answer), text in zip(rows, completions, strict=True)]
 
 
-def make_policy(folder, seed, steps):
+def make_policy(folder, seed, steps, name="policy"):
+    """Makes the model arithmetic-`name`: "policy", or "moe" for a mixture of experts."""
     torch.manual_seed(seed)
     tokenizer, solutions = make_tokenizer(), Solutions(folder, f"policy {seed}")
-    policy = Qwen3ForCausalLM(make_config())
+    if name == "moe":
+        config = make_config(Qwen3MoeConfig, **EXPERTS)
+        policy = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    else:
+        policy = Qwen3ForCausalLM(make_config())
     policy.generation_config.pad_token_id, policy.generation_config.eos_token_id = PAD, EOS
-    print(f"policy: {policy.num_parameters():,} parameters")
+    print(f"{name}: {policy.num_parameters():,} parameters")
 
     def rows(count):
         return [
@@ -272,18 +291,18 @@ def make_policy(folder, seed, steps):
             for prompt, completion, _ in solutions.in_styles(count)
         ]
 
-    fit(policy, rows, policy_loss, steps, 128, 3e-3, solutions.rng, "policy")
-    policy.save_pretrained(folder / "models" / "arithmetic-policy")
-    tokenizer.save_pretrained(folder / "models" / "arithmetic-policy")
+    fit(policy, rows, policy_loss, steps, 128, 3e-3, solutions.rng, name)
+    policy.save_pretrained(folder / "models" / f"arithmetic-{name}")
+    tokenizer.save_pretrained(folder / "models" / f"arithmetic-{name}")
     test = [(row["prompt"], row["answer"]) for row in solutions.test]
     sampled = solutions.by_policy(policy, tokenizer, test * 4)
     greedy = solutions.by_policy(policy, tokenizer, test, sample=False)
-    report(
-        folder,
-        policy_parameters=policy.num_parameters(),
-        policy_accuracy_sampled=sum(is_right(text, answer) for _, text, answer in sampled) / len(sampled),
-        policy_accuracy_greedy=sum(is_right(text, answer) for _, text, answer in greedy) / len(greedy),
-    )
+    figures = {
+        "parameters": policy.num_parameters(),
+        "accuracy_sampled": sum(is_right(text, answer) for _, text, answer in sampled) / len(sampled),
+        "accuracy_greedy": sum(is_right(text, answer) for _, text, answer in greedy) / len(greedy),
+    }
+    report(folder, **{f"{name}_{key}": value for key, value in figures.items()})
 
 
 def make_reward_model(folder, seed, steps):
@@ -343,7 +362,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policy-steps", type=int, default=3000, help="of 128 completions each")
     parser.add_argument("--reward-steps", type=int, default=4500, help="of 128 completions each")
-    parser.add_argument("--stages", nargs="+", default=["prompts", "policy", "reward"], help="which to make")
+    stages = ["prompts", "policy", "reward", "moe"]
+    parser.add_argument("--stages", nargs="+", default=stages, choices=stages, help="which to make")
     parser.add_argument("--output", type=Path, default=HERE, help="folder that gets arithmetic/ and models/")
     arguments = parser.parse_args()
     if "prompts" in arguments.stages:
@@ -352,6 +372,8 @@ def main():
         make_policy(arguments.output, arguments.seed, arguments.policy_steps)
     if "reward" in arguments.stages:
         make_reward_model(arguments.output, arguments.seed, arguments.reward_steps)
+    if "moe" in arguments.stages:
+        make_policy(arguments.output, arguments.seed, arguments.policy_steps, "moe")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from engine.routing import routing_of, watch
 
 NAME = "packed"  # this attention's attn_implementation, for from_pretrained
 SHORT_PROMPT = 32  # tokens; to read a shorter one again takes less time than attention in more calls
@@ -67,44 +70,64 @@ class Packing:
         return torch.cat([self.tokens_up_to(self.prefixes[number]), own])
 
 
-def states_before_tokens(model, rollouts, after=0):
+def states_before_tokens(model, rollouts, after=0, replay=False):
     """Returns the last hidden states at the token before each completion token, which predict it: (tokens, H).
 
-    The tokens are in the order of completion_mask. after = 1: the states at the completion tokens themselves.
+    The tokens are in the order of completion_mask. after = 1: the states at the completion tokens themselves. replay:
+    whether a policy that is a mixture takes the experts in rollouts. If there are none, it chooses, and puts its choice
+    there.
     """
-    sequences, prefixes, of_prompt, of_completion = sequences_of(rollouts, after)
-    packing = Packing(model, sequences, prefixes)
-    prompt_end = packing.first[of_prompt] + rollouts.prompt_lengths - len(sequences[0])  # (B,)
+    pieces, prefixes, of_prompt, of_completion = sequences_of(rollouts, after)
+    packing = Packing(model, cut(rollouts.input_ids, pieces), prefixes)
+    prompt_end = packing.first[of_prompt] + rollouts.prompt_lengths - len(packing.sequences[0])  # (B,)
     begin = torch.where(of_prompt == of_completion, prompt_end, packing.first[of_completion])  # (B,)
     row, t = rollouts.completion_mask.nonzero(as_tuple=True)  # (tokens,) each
     t = t - 1 + after
-    place = torch.where(t < 0, prompt_end[row] - 1, begin[row] + t)
-    states = model.base_model(**packing.inputs, use_cache=False).last_hidden_state[0]  # (N, H)
-    return states.index_select(0, place.to(model.device))
+    place = torch.where(t < 0, prompt_end[row] - 1, begin[row] + t).to(model.device)
+    routing = routing_of(model)
+    replay = replay and routing is not None and routing.replays
+    given = torch.cat(cut(rollouts.experts, pieces)) if replay and rollouts.experts is not None else None
+    with watch(model, given):
+        states = model.base_model(**packing.inputs, use_cache=False).last_hidden_state[0]  # (N, H)
+        if routing:
+            routing.logits = [logits.index_select(0, place) for logits, _ in routing.seen]
+            experts = routing.take().cpu()  # (N, layers, k)
+    if replay and given is None:
+        chosen = [experts[packing.tokens_up_to(number)] for number in of_completion.tolist()]
+        blank = experts.new_zeros(rollouts.input_ids.shape[1] - len(chosen[0]), *experts.shape[1:])
+        chosen[0] = torch.cat([chosen[0], blank])  # pads all rows to the width of input_ids
+        rollouts.experts = pad_sequence(chosen, batch_first=True)
+    return states.index_select(0, place)
+
+
+def cut(rows, pieces):
+    """Returns the part rows[row, start:end] of each of the pieces (row, start, end)."""
+    return [rows[row, start:end] for row, start, end in pieces]
 
 
 def sequences_of(rollouts, after):
-    """Returns the sequences and prefixes for a Packing, and which sequence holds each row's prompt, and completion.
+    """Returns pieces of rows that are the sequences of a Packing, its prefixes, and which piece is whose.
 
-    The last two are (B,). Sequence 0 is what all prompts begin with, and the prompts go on from it. A prompt that
-    several completions share is a sequence of its own. Any other stands in one sequence with its completion. If after
-    is 0, the last tokens are left out, because they predict nothing.
+    A piece is (row, first token, end). Last come the numbers of the pieces that hold each row's prompt, and its
+    completion, (B,) each. Piece 0 is what all prompts begin with, and the prompts go on from it. A prompt that several
+    completions share is a piece of its own. Any other stands in one piece with its completion. If after is 0, the last
+    tokens are left out, because they predict nothing.
     """
     ids, numbers = rollouts.input_ids, prompt_numbers(rollouts)
     prompt, end = rollouts.prompt_lengths.tolist(), (rollouts.lengths - 1 + after).tolist()
     count, of_prompt = Counter(numbers), [number + 1 for number in numbers]
     common = common_start(ids, rollouts.prompt_lengths) if len(count) > 1 else 0
-    sequences, prefixes, of_completion = [ids[0, :common]], [None], list(of_prompt)
+    pieces, prefixes, of_completion = [(0, 0, common)], [None], list(of_prompt)
     for number in range(len(count)):
         row = numbers.index(number)
-        sequences.append(ids[row, common : prompt[row] if count[number] > 1 else end[row]])
+        pieces.append((row, common, prompt[row] if count[number] > 1 else end[row]))
         prefixes.append(0)
     for row in sorted(range(len(numbers)), key=numbers.__getitem__):
         if count[numbers[row]] > 1:
-            of_completion[row] = len(sequences)
-            sequences.append(ids[row, prompt[row] : end[row]])
+            of_completion[row] = len(pieces)
+            pieces.append((row, prompt[row], end[row]))
             prefixes.append(of_prompt[row])
-    return sequences, prefixes, torch.tensor(of_prompt), torch.tensor(of_completion)
+    return pieces, prefixes, torch.tensor(of_prompt), torch.tensor(of_completion)
 
 
 def common_start(ids, lengths):
@@ -163,13 +186,19 @@ def batches_of(lengths, token_budget, prompts=None, prompt_lengths=None):
 def in_micro_batches(rollouts, compute, token_budget):
     """Returns compute(part), (rows, T), of all completions, which go through in parts of at most token_budget tokens.
 
-    rollouts: Rollouts. compute: a function of Rollouts.
+    rollouts: Rollouts. compute: a function of Rollouts. Experts that it adds to a part are added to all.
     """
-    results = None
+    results = experts = None
     for rows in micro_batches(rollouts, token_budget):
-        part = compute(rollouts.select(rows))
+        selected = rollouts.select(rows)
+        part = compute(selected)
         results = part.new_zeros(rollouts.completion_mask.shape) if results is None else results
         results[rows.to(part.device)] = part
+        if rollouts.experts is None and selected.experts is not None:  # this pass has put them there
+            blank = selected.experts.new_zeros(len(rollouts.texts), *selected.experts.shape[1:])
+            experts = blank if experts is None else experts
+            experts[rows] = selected.experts
+    rollouts.experts = rollouts.experts if experts is None else experts
     return torch.zeros(rollouts.completion_mask.shape) if results is None else results
 
 

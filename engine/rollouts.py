@@ -21,6 +21,7 @@ class Rollouts:
     completion_mask: torch.Tensor  # (B, T) True up to and including the end of sequence
     sampled_logps: torch.Tensor  # (B, T) nats, as the sampler computed them
     truncated: torch.Tensor  # (B,) True if the token limit came before the end of sequence
+    experts: torch.Tensor = None  # (B, P + T, layers, k) experts of each token that went through a mixture, else None
     rewards: torch.Tensor = None  # (B,), or (B, T) if each token has its own
     old_logps: torch.Tensor = None  # (B, T) log π_old
     ref_logps: torch.Tensor = None  # (B, T) log π_ref, None without a KL term

@@ -8,6 +8,7 @@ from engine.decoding import decoder_of
 from engine.packing import common_start
 from engine.precision import autocast
 from engine.rollouts import Rollouts
+from engine.routing import watch
 from engine.vocabulary import invert_cumulative
 
 
@@ -57,7 +58,8 @@ class Sampler:
         """Does the same as __call__, in one batch. A completion that has ended leaves the batch."""
         model, device, batch = self.policy, self.policy.device, len(rows) * group_size
         uniform = None if uniform is None else uniform.to(device)
-        hidden, cache, visible, position = self.read_prompts(rows, group_size, max_tokens)
+        with watch(model) as routing:
+            hidden, cache, visible, position, experts = self.read_prompts(rows, group_size, max_tokens, routing)
         width, eos_ids = visible.shape[1] - max_tokens, torch.tensor(self.eos_ids, device=device)
         ids = torch.full((batch, max_tokens), self.tokenizer.pad_token_id, device=device)
         logps = torch.zeros(batch, max_tokens, device=device)
@@ -65,7 +67,7 @@ class Sampler:
         place = torch.arange(batch, device=device)  # the completion of each row that is still in the batch
         running = torch.ones(batch, dtype=torch.bool, device=device)
         # This is not the autocast of read_prompts, because each keeps copies of the weights until it ends.
-        with torch.inference_mode(), autocast(device):
+        with torch.inference_mode(), autocast(device), watch(model) as routing:
             decode = decoder_of(model)
             for t in range(max_tokens):
                 logits = model.get_output_embeddings()(hidden)  # (rows, V)
@@ -85,18 +87,27 @@ class Sampler:
                         x[keep] for x in (place, tokens, running, visible, position)
                     )
                 hidden = decode(tokens, position, cache, visible[:, : width + t + 1])  # (rows, H)
+                if routing:
+                    experts[place, width + t] = routing.take()
                 position = position + 1
         truncated = torch.zeros(batch, dtype=torch.bool, device=device)
         truncated[place] = running
-        return assemble(self.tokenizer, rows, group_size, ids.cpu(), lengths.cpu(), logps.cpu(), truncated.cpu())
+        rollouts = assemble(self.tokenizer, rows, group_size, ids.cpu(), lengths.cpu(), logps.cpu(), truncated.cpu())
+        if routing:
+            begin = (width - rollouts.prompt_lengths).tolist()
+            parts = [row[i : i + n] for row, i, n in zip(experts.cpu(), begin, rollouts.lengths.tolist(), strict=True)]
+            rollouts.experts = pad_sequence(parts, batch_first=True)
+            rollouts.experts[torch.arange(batch), rollouts.lengths - 1] = 0  # the last token need not go through
+        return rollouts
 
-    def read_prompts(self, rows, group_size, max_tokens):
+    def read_prompts(self, rows, group_size, max_tokens, routing):
         """Passes each prompt through the model once, padded on the left, and repeats the results for its group.
 
         If all prompts begin with the same tokens, such as a system message, these go through once for all.
 
         Returns the last hidden states (B, H); the cache; a mask (B, P + max_tokens) that is False at the prompt's
-        padding; and the position of each completion's first token (B,).
+        padding; the position of each completion's first token (B,); and with a Routing the experts of the prompts'
+        tokens (B, P + max_tokens, layers, k).
         """
         model, device = self.policy, self.policy.device
         prompts = [torch.tensor(row["prompt_ids"]) for row in rows]
@@ -112,16 +123,22 @@ class Sampler:
         def read(ids, mask, position):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
             with autocast(device):
-                return model.base_model(**inputs, **with_cache(model.base_model, cache)).last_hidden_state[:, -1]
+                hidden = model.base_model(**inputs, **with_cache(model.base_model, cache)).last_hidden_state[:, -1]
+            return hidden, routing.take().unflatten(0, ids.shape) if routing else None
 
+        place = torch.arange(common, device=device)
+        spread = (place - padding.to(device)).clamp(min=0)  # (prompts, common)
         if common:  # each row has as much of it as its padding leaves room for, and reads the rest with its own tokens
-            place = torch.arange(common, device=device)
-            read(prompts[0][None, :common].to(device), (place[:, None] >= place)[None, None], place[None])
-            cache.spread((place - padding.to(device)).clamp(min=0))
-        hidden = read(prompt_ids[:, common:], seen[:, :, common:], position[:, common:])  # (prompts, H)
+            _, before = read(prompts[0][None, :common].to(device), (place[:, None] >= place)[None, None], place[None])
+            cache.spread(spread)
+        hidden, experts = read(prompt_ids[:, common:], seen[:, :, common:], position[:, common:])  # (prompts, H)
         prompt = torch.arange(len(rows) * group_size, device=device) // group_size
         cache.select(prompt)
-        return hidden[prompt], cache, visible[prompt], lengths.to(device)[prompt]
+        if routing:
+            before = before[0, spread] if common else experts[:, :0]  # (prompts, common, layers, k)
+            room = experts.new_zeros(len(rows), max_tokens, *experts.shape[2:])
+            experts = torch.cat([before, experts, room], 1)[prompt]
+        return hidden[prompt], cache, visible[prompt], lengths.to(device)[prompt], experts
 
 
 def sample_tokens(logits, uniform, temperature, top_p):

@@ -35,9 +35,12 @@ def split_at_random(rows, parts, together, generator):
 def take_step(optimizer, max_norm, losses):
     """Takes an optimizer step along the gradient, scaled down to max_norm, and returns the norm before.
 
-    If the norm or one of the losses, {name: scalar}, is not finite, no step is taken, and the norm returned is NaN.
+    If the norm or one of the losses, {name: scalar}, is not finite, no step is taken, and the norm returned is NaN. If
+    no completion has moved a parameter, its gradient is zero rather than absent, so that AdamW's averages go on.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     finite = torch.stack([norm, *losses.values()]).isfinite().all()
     if finite:

@@ -68,7 +68,7 @@ def load_critic(c, device, policy_tokenizer):
             )
     dtype = getattr(torch, c.POLICY_DTYPE)
     kind = transformers.AutoModelForTokenClassification
-    model = load_model(kind, name, constant, device, dtype=dtype, new_head="score.", **options)
+    model = load_model(kind, name, constant, device, dtype=dtype, new_head="score.", experts=c.EXPERTS, **options)
     adapter = None
     if c.LORA_RANK > 0:
         with torch.random.fork_rng(devices=[]):  # peft draws the adapters' first weights

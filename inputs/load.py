@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from configs import InputError, check_size
+from engine.routing import ROUTERS, Routing, routing_of
 from inputs.chat import encode_prompts
 from inputs.libraries import quiet_libraries
 from inputs.lora import add_lora
@@ -54,11 +55,18 @@ class Reference:
         self.without = self.adapter.disable_adapter() if self.is_policy else None
         if self.is_policy:
             self.without.__enter__()
+            self.replay_experts(False)
         return self.model
 
     def __exit__(self, *error):
         if self.is_policy:
             self.without.__exit__(*error)
+            self.replay_experts(True)
+
+    def replay_experts(self, replays):
+        """Lets the policy take recorded experts, or not, because the reference chooses its own."""
+        if routing := routing_of(self.model):
+            routing.replays = replays
 
 
 @quiet_libraries()
@@ -109,10 +117,11 @@ def load_policy_and_reference(c, devices, tokenizer):
 
     The adapter is None without LoRA. The Reference is None if the loss has no KL term.
     """
-    options = {"revision": c.POLICY_REVISION, "trust": c.TRUST_REMOTE_CODE}
+    options = {"revision": c.POLICY_REVISION, "trust": c.TRUST_REMOTE_CODE, "experts": c.EXPERTS}
     causal, dtype = transformers.AutoModelForCausalLM, getattr(torch, c.POLICY_DTYPE)
     policy = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", devices["POLICY_DEVICE"], dtype=dtype, **options)
     check_policy(policy, tokenizer, "POLICY_MODEL")
+    add_routing(c, policy)
     adapter = reference = None
     has_kl = c.KL_COEF > 0
     if c.LORA_RANK > 0:
@@ -127,6 +136,19 @@ def load_policy_and_reference(c, devices, tokenizer):
         reference = Reference(model.requires_grad_(False))
     prepare_to_train(c, policy)
     return policy, adapter, reference
+
+
+def add_routing(c, policy):
+    """Gives a policy that is a mixture its Routing. Raises InputError if the constants need one that it cannot have."""
+    if any(type(module).__name__ in ROUTERS for module in policy.modules()):
+        policy.routing = Routing(policy)
+        return
+    for name in ("ROUTING_REPLAY", "ROUTER_AUX_COEF"):
+        if value := getattr(c, name):
+            mixture = any("experts" in key for key in policy.config.to_dict())
+            kind = "a mixture with a router of its own kind" if mixture else "no mixture of experts"
+            remedy = "give a mixture like Qwen3-MoE, Qwen2-MoE, Mixtral or OLMoE, or leave the constant as it was"
+            raise InputError(f"{name} = {value!r}: POLICY_MODEL, a {type(policy).__name__}, is {kind}; {remedy}")
 
 
 def prepare_to_train(c, model):

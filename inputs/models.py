@@ -21,13 +21,24 @@ OTHER_KIND = {  # the remedy if a reward model has the other kind of head
 
 
 def load_model(
-    auto_class, name, constant, device, *, revision="main", dtype=torch.float32, trust=False, packed=True, new_head=""
+    auto_class,
+    name,
+    constant,
+    device,
+    *,
+    revision="main",
+    dtype=torch.float32,
+    trust=False,
+    packed=True,
+    new_head="",
+    experts="eager",
 ):
     """Returns a model in eval mode. Its safetensors files hold exactly its tensors: none is made up, none is left over.
 
     packed: whether it gets the attention of engine/packing.py, which the scripts' own passes use. Otherwise it gets the
     fastest one that this machine has. new_head: the prefix of a head of one logit. Where the files have no such tensor,
-    it is 0; they may have a language model's head, which is dropped.
+    it is 0; they may have a language model's head, which is dropped. experts: how a mixture computes its
+    experts.
     """
     flash = device.type == "cuda" and dtype != torch.float32 and transformers.utils.is_flash_attn_2_available()
     place = find_model(name, constant)
@@ -42,6 +53,7 @@ def load_model(
             revision=revision,
             dtype=dtype,
             attn_implementation=packing.NAME if packed else "flash_attention_2" if flash else "sdpa",
+            experts_implementation=experts,
             use_safetensors=True,
             trust_remote_code=trust,
             ignore_mismatched_sizes=True,  # reported below, by name
@@ -55,12 +67,20 @@ def load_model(
             torch.nn.init.zeros_(model.get_parameter(key))
             info["missing_keys"].remove(key)
         info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not str(key).startswith("lm_head.")}
+    check_weights(info, auto_class, name, constant)
+    return model.to(device).eval()
+
+
+def check_weights(info, auto_class, name, constant):
+    """Raises InputError if a model's files lack a tensor, or have one too many or of another shape.
+
+    info: the output_loading_info of from_pretrained.
+    """
     wrong = [f"{kind.replace('_', ' ')} {sorted(map(str, keys))[:3]}" for kind, keys in info.items() if keys]
     if wrong:
         head = any(str(key).startswith(("score.", "classifier.")) for keys in info.values() for key in keys)
         remedy = OTHER_KIND.get(auto_class, "save it anew") if head else "save it anew"
         raise InputError(f"{constant} = {name!r}: its weights do not fit its config: {'; '.join(wrong)}; {remedy}")
-    return model.to(device).eval()
 
 
 def load_tokenizer(name, constant, *, revision="main", trust=False):

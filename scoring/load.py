@@ -25,4 +25,4 @@ def load_rewards(c, device, inputs):
     if "reward_model" in weights:
         reward_model = load_reward_model(c, device, inputs.tokenizer)
     inputs.eval_rows = check_scoring(c, weights, reward_model, inputs.train_rows, inputs.eval_rows)
-    return Rewards(weights, reward_model), Rewards({c.EVAL_REWARD: 1.0})
+    return Rewards(weights, reward_model), Rewards({c.EVAL_REWARD: 1.0}, keep=False)

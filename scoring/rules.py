@@ -2,7 +2,10 @@
 
 import contextlib
 
+import torch
+
 from configs import HERE, InputError
+from engine.rollouts import on_last_token
 from scoring.rule_processes import TAKES, checked, parameters_of, rule_of, score_by_rule
 
 RULES = HERE / "rewards.py"
@@ -168,11 +171,11 @@ class Rewards:
 
     weights: {name: weight}. reward_model: a model of scoring/reward_models.py, if "reward_model" is among the names.
     file: the file that holds the rules. log: a function that takes a list of failures; it is set once a run has a
-    folder.
+    folder. keep: whether scores are kept for the next report.
     """
 
-    def __init__(self, weights, reward_model=None, file=RULES):
-        self.weights, self.reward_model, self.file = weights, reward_model, str(file)
+    def __init__(self, weights, reward_model=None, file=RULES, keep=True):
+        self.weights, self.reward_model, self.file, self.keep = weights, reward_model, str(file), keep
         self.log, self.scored = None, {name: [] for name in weights}
         self.failures = []
 
@@ -197,8 +200,8 @@ class Rewards:
                     count += 1
                 if problem:
                     fail(i, name, problem)
-            self.scored[name] += [score for score, _ in scores if score is not None]
-        self.failures += failed
+            self.scored[name] += [score for score, _ in scores if score is not None and self.keep]
+        self.failures += failed if self.keep else []
         if self.log is not None and failed:
             self.log(failed)
         if len(failed) > MOST_FAILURES * count:
@@ -208,6 +211,15 @@ class Rewards:
                 f"{first['completion'][:60]!r}; mend it in rewards.py, see reward_failures.jsonl"
             )
         return total
+
+    def of(self, rollouts):
+        """Returns the weighted sums, (B,). If the reward model scores tokens, (B, T), with the others on the last."""
+        totals = torch.tensor(self(rollouts.prompts, rollouts.texts, rollouts))
+        token_scores = getattr(self.reward_model, "token_scores", None)  # (B, T)
+        if token_scores is None:
+            return totals
+        of_tokens = self.weights["reward_model"] * token_scores
+        return of_tokens + on_last_token(totals - of_tokens.sum(1), rollouts)
 
     def report(self):
         """Returns metrics since the last report.

@@ -36,6 +36,7 @@ EXEMPTIONS = {
         "PPOTrainer.metrics_of_step": "adds the metrics of the critic and its values",
     },
     "cispo": {
+        "imports": "puts the overlong penalty on last tokens",
         "CISPOTrainer.score": "the overlong penalty comes on top of the rewards",
     },
     "vapo": {
@@ -46,6 +47,7 @@ EXEMPTIONS = {
         "VAPOTrainer.losses": "adds the positive loss, and a KL is in the rewards alone",
     },
     "dapo": {
+        "imports": "puts the overlong penalty on last tokens",
         "DAPOTrainer": "dynamic sampling has a state: surplus groups, and how many rounds there were",
         "DAPOTrainer.generate_responses_with_group_sampling": "dynamic sampling: drops dead groups and refills",
         "DAPOTrainer.compute_old_logps": "of a surplus group, π_old is the policy of the step that sampled it",
