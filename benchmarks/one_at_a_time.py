@@ -1,6 +1,7 @@
 """A training step of gspo.py beside the same work done one response at a time, as most tutorials do it.
 
     python benchmarks/one_at_a_time.py
+    python benchmarks/one_at_a_time.py --rounds 1 --flags "--preset smollm2"
 
 Both ways have the same policy, prompts, group size and updates, and take turns in one run. "One at a time" means one
 call of `generate()` for each response. Then each response goes alone through the reward, reference and policy models,
@@ -8,6 +9,7 @@ forward and backward. It prints medians over the rounds, and the median of the r
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import configs
 import gspo
 from engine.sampling import assemble
 
@@ -43,6 +46,9 @@ class OneAtATime(gspo.GSPOTrainer):
         no_logps = torch.zeros(padded.shape)
         return assemble(self.tokenizer, rows, gspo.GROUP_SIZE, padded, lengths, no_logps, truncated)
 
+    def compute_old_logps(self, rollouts):
+        return self.compute_log_probs(self.policy, rollouts)
+
     def train_step(self, step):
         budget, gspo.MICRO_BATCH_TOKENS = gspo.MICRO_BATCH_TOKENS, 1
         try:
@@ -54,7 +60,9 @@ class OneAtATime(gspo.GSPOTrainer):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--flags", type=shlex.split, default=[], help="flags of gspo.py, in one string")
     arguments = parser.parse_args()
+    configs.apply_overrides(vars(gspo), arguments.flags)
     trainers = {"gspo.py": gspo.GSPOTrainer(), "one at a time": OneAtATime()}
     figures = {name: [] for name in trainers}
     for step in range(arguments.rounds + 1):
