@@ -18,7 +18,7 @@ It writes these, all from one seed:
 
     data/arithmetic/{train,test}.jsonl    prompts and answers, disjoint
     data/models/arithmetic-policy/        Qwen3ForCausalLM
-    data/models/arithmetic-moe/           Qwen3MoeForCausalLM, a mixture of experts that is trained as the policy is
+    data/models/arithmetic-moe/           Qwen3MoeForCausalLM, trained as the policy is; not shipped yet
     data/models/arithmetic-reward/        Qwen3ForSequenceClassification, one logit, trained on 0 and 1
     data/models/accuracy.json             the accuracy of the models on the held-out prompts
 """

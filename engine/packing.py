@@ -86,13 +86,16 @@ def states_before_tokens(model, rollouts, after=0, replay=False):
     place = torch.where(t < 0, prompt_end[row] - 1, begin[row] + t).to(model.device)
     routing = routing_of(model)
     replay = replay and routing is not None and routing.replays
-    given = torch.cat(cut(rollouts.experts, pieces)) if replay and rollouts.experts is not None else None
+    given = None
+    if replay and rollouts.experts is not None:
+        given = torch.cat(cut(rollouts.experts, pieces)).to(model.device)  # (N, layers, k)
     with watch(model, given):
         states = model.base_model(**packing.inputs, use_cache=False).last_hidden_state[0]  # (N, H)
         if routing:
             routing.logits = [logits.index_select(0, place) for logits, _ in routing.seen]
-            experts = routing.take().cpu()  # (N, layers, k)
+            experts = routing.take()  # (N, layers, k)
     if replay and given is None:
+        experts = experts.cpu()
         chosen = [experts[packing.tokens_up_to(number)] for number in of_completion.tolist()]
         blank = experts.new_zeros(rollouts.input_ids.shape[1] - len(chosen[0]), *experts.shape[1:])
         chosen[0] = torch.cat([chosen[0], blank])  # pads all rows to the width of input_ids

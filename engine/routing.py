@@ -18,7 +18,7 @@ class Routing:
 
     def __init__(self, model):
         self.routers = [module for module in model.modules() if type(module).__name__ in ROUTERS]
-        self.given = None  # (tokens, layers, k); None if the routers choose
+        self.given = None  # (tokens, layers, k), on the model's device; None if the routers choose
         self.seen = None  # [(logits, experts)] of each router since the last take, in the order of the layers
         self.logits = []  # of each router in training's last pass, (tokens, experts), where a token is predicted
         self.replays = True  # False while the policy without its adapter is the reference
@@ -29,7 +29,7 @@ class Routing:
         """Takes the place of a router's output: logits (tokens, experts), weights (tokens, k), experts (tokens, k)."""
         logits, weights, experts = output
         if self.given is not None:
-            experts = self.given[:, layer].to(logits.device, torch.long)
+            experts = self.given[:, layer].long()
             chances = logits.softmax(-1, dtype=torch.float32).gather(1, experts)
             if getattr(router, "norm_topk_prob", True):  # Mixtral always does it
                 chances = chances / chances.sum(-1, keepdim=True)

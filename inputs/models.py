@@ -37,16 +37,11 @@ def load_model(
 
     packed: whether it gets the attention of engine/packing.py, which the scripts' own passes use. Otherwise it gets the
     fastest one that this machine has. new_head: the prefix of a head of one logit. Where the files have no such tensor,
-    it is 0; they may have a language model's head, which is dropped. experts: how a mixture computes its
-    experts.
+    it is 0; they may have a language model's head, which is dropped. experts: how a mixture computes its experts.
     """
     flash = device.type == "cuda" and dtype != torch.float32 and transformers.utils.is_flash_attn_2_available()
     place = find_model(name, constant)
-    try:  # transformers would ignore a broken generation_config.json, and lose the EOS ids in it
-        if (generation := Path(place) / "generation_config.json").is_file():
-            json.loads(generation.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise not_loaded("generation_config.json", name, constant, error) from None
+    check_generation_config(place, name, constant)
     try:
         model, info = auto_class.from_pretrained(
             place,
@@ -69,6 +64,15 @@ def load_model(
         info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not str(key).startswith("lm_head.")}
     check_weights(info, auto_class, name, constant)
     return model.to(device).eval()
+
+
+def check_generation_config(place, name, constant):
+    """Raises InputError if a model's generation_config.json is broken: transformers would lose the EOS ids in it."""
+    try:
+        if (generation := Path(place) / "generation_config.json").is_file():
+            json.loads(generation.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise not_loaded("generation_config.json", name, constant, error) from None
 
 
 def check_weights(info, auto_class, name, constant):

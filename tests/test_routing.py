@@ -267,5 +267,3 @@ def test_experts_go_with_their_completions(tmp_path):
         rtol=0,
         atol=1e-5,
     )
-
-

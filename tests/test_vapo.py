@@ -66,7 +66,7 @@ def test_the_positive_loss_is_the_mean_over_the_tokens_of_right_completions():
 def test_what_is_right_is_what_the_rule_says_and_not_a_reward_above_zero(tmp_path):
     shrink(vapo, tmp_path)
     trainer = vapo.VAPOTrainer()
-    trainer.rewards = lambda prompts, texts, _: [1.0] * len(texts)  # as a bonus that wrong answers get, too
+    trainer.compute_rewards = lambda rollouts: torch.ones(len(rollouts.texts))  # as a bonus that wrong answers get, too
     rollouts = trainer.generate_responses_with_group_sampling(1)
     assert (trainer.score(rollouts) > 0).all()
     right = torch.tensor(trainer.eval_reward(rollouts.prompts, rollouts.texts)) == 1

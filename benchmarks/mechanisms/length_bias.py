@@ -1,0 +1,58 @@
+"""How long right and wrong completions become under each way of averaging the loss over tokens.
+
+    python benchmarks/mechanisms/length_bias.py              three seeds
+    python benchmarks/mechanisms/length_bias.py --seeds 1 --steps 4
+
+grpo.py trains on the embedded task, rewarded by the rule, without a KL, with each LOSS_AGGREGATION and with 4 and 16
+prompts in a step. A mean over each completion's tokens gives the tokens of a long wrong completion less weight than
+those of a short one, so that wrong completions may grow (Dr. GRPO, arXiv 2503.20783). It prints the mean length of
+right and of wrong completions in the first and the last fifth of the steps. It draws docs/mechanisms/length_bias.png.
+"""
+
+import torch
+from common import figure_of, grpo, parse, save, spread, trainer_of
+
+WAYS, BATCHES = ("sequence_mean", "token_mean", "constant"), (4, 16)
+
+
+def run(seed, steps, way, prompts):
+    """Returns the mean length of right and of wrong completions in each step, (steps, 2)."""
+    settings = {"SEED": seed, "MAX_STEPS": steps, "REWARDS": "exact_match", "KL_COEF": 0.0, "BATCH_SIZE": prompts}
+    trainer, rows = trainer_of(grpo, **settings, LOSS_AGGREGATION=way), []
+    update_policy = trainer.update_policy
+
+    def update(rollouts, step):
+        right, lengths = rollouts.rewards > 0, rollouts.completion_lengths.double()
+        rows.append((lengths[right].mean().item(), lengths[~right].mean().item()))
+        return update_policy(rollouts, step)
+
+    trainer.update_policy = update
+    for step in range(1, steps + 1):
+        trainer.train_step(step)
+    return torch.tensor(rows)
+
+
+def main():
+    arguments = parse(__doc__, seeds=3, steps=40)
+    last = max(1, arguments.steps // 5)
+    print("| average | prompts in a step | right at first | right at the end | wrong at first | wrong at the end |")
+    print("|---|---|---|---|---|---|")
+    figure, axes = figure_of(len(BATCHES))
+    for axis, prompts in zip(axes, BATCHES, strict=True):
+        for number, way in enumerate(WAYS):
+            runs = torch.stack([run(seed, arguments.steps, way, prompts) for seed in range(arguments.seeds)])
+            cells = []
+            for column in range(2):
+                cells += [spread(runs[:, :last, column].nanmean(1).tolist(), 1)]
+                cells += [spread(runs[:, -last:, column].nanmean(1).tolist(), 1)]
+            print(f"| {way}, {prompts} | {prompts} | " + " | ".join(cells) + " |")
+            for column, style, kind in ((0, "-", "right"), (1, "--", "wrong")):
+                means = runs[:, :, column].nanmean(0)
+                axis.plot(means, style, color=f"C{number}", label=f"{way}, {kind}")
+        axis.set(title=f"{prompts} prompts in a step", xlabel="training step", ylabel="tokens")
+    axes[0].legend()
+    save(figure, arguments.pictures, "length_bias")
+
+
+if __name__ == "__main__":
+    main()
