@@ -108,6 +108,7 @@ def main():
         left.bar([place + offset for place in range(4)], means, 0.38, label=f"with {label}")
     left.set_xticks(range(4), ESTIMATORS)
     left.set(title="Which KL's gradient is it?", ylabel="cosine of expected gradients; k1 has none")
+    left.set_ylim(0, 1.3)
     left.legend()
     places = range(OUTCOMES)
     right.bar(places, shown[0], color="0.85", label="π_ref · exp(R / β) / Z")
