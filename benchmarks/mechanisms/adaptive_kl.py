@@ -13,7 +13,7 @@ docs/mechanisms/adaptive_kl.png.
 """
 
 import torch
-from common import figure_of, gspo, parse, save, spread, trainer_of
+from common import draw_seeds, figure_of, gspo, parse, save, spread, trainer_of
 
 TARGETS = (0.06, 0.6, 0.06)  # nats per token
 
@@ -62,9 +62,8 @@ def main():
         print(f"| {name} | " + " | ".join(cells) + " |")
         values = torch.stack(some)  # (seeds, steps, 3)
         for axis, column in ((left, 0), (right, 1)):
-            (line,) = axis.semilogy(values[:, :, column].mean(0), label=f"told the {name}")
-            low, high = values[:, :, column].amin(0), values[:, :, column].amax(0)
-            axis.fill_between(range(arguments.steps), low, high, color=line.get_color(), alpha=0.15)
+            draw_seeds(axis, values[:, :, column], f"told the {name}")
+            axis.set_yscale("log")
     left.semilogy(values[0, :, 2], "k:", label="target")
     left.set(title="KL to the reference", xlabel="training step", ylabel="nats per token")
     right.set(title="Its weight", xlabel="training step", ylabel="kl_coef")

@@ -11,7 +11,7 @@ docs/mechanisms/clip_higher.png.
 """
 
 import torch
-from common import dapo, figure_of, parse, save, spread, trainer_of
+from common import dapo, draw_seeds, figure_of, parse, save, spread, trainer_of
 
 CLIPS, RARE = (0.2, 0.28, 0.5), 0.2
 
@@ -50,9 +50,7 @@ def main():
         print(f"| {clip} | " + " | ".join(map(spread, columns)) + " |")
         values = torch.stack([rows for rows, _ in some])
         for column, axis in enumerate(axes):
-            (line,) = axis.plot(values[:, :, column].nanmean(0), label=f"CLIP_HIGH = {clip}")
-            low, high = values[:, :, column].amin(0), values[:, :, column].amax(0)
-            axis.fill_between(range(arguments.steps), low, high, color=line.get_color(), alpha=0.15)
+            draw_seeds(axis, values[:, :, column], f"CLIP_HIGH = {clip}")
     axes[0].set(title="Entropy", xlabel="training step", ylabel="nats per token")
     axes[1].set(title="Rare tokens of better completions", xlabel="training step", ylabel="share above the clip")
     axes[0].legend()

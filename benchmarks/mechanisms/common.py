@@ -78,6 +78,13 @@ def figure_of(panels):
     return figure, axes
 
 
+def draw_seeds(axis, values, label):
+    """Draws the mean over the seeds and their range against the step. values: (seeds, steps)."""
+    (line,) = axis.plot(values.nanmean(0), label=label)
+    steps, low, high = range(values.shape[1]), values.amin(0), values.amax(0)
+    axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+
+
 def save(figure, folder, name):
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=80)

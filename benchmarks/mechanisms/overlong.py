@@ -11,7 +11,7 @@ docs/mechanisms/overlong.png.
 """
 
 import torch
-from common import dapo, figure_of, parse, save, spread, trainer_of
+from common import dapo, draw_seeds, figure_of, parse, save, spread, trainer_of
 
 LIMIT = 32
 WAYS = {"neither": (0, False), "soft penalty": (8, False), "filter": (0, True), "both": (8, True)}
@@ -45,9 +45,7 @@ def main():
         print(f"| {name} | " + " | ".join(cells) + f" | {spread([accuracy for _, accuracy in some])} |")
         values = torch.stack([rows for rows, _ in some])
         for column, axis in enumerate(axes):
-            (line,) = axis.plot(values[:, :, column].mean(0), label=name)
-            low, high = values[:, :, column].amin(0), values[:, :, column].amax(0)
-            axis.fill_between(range(arguments.steps), low, high, color=line.get_color(), alpha=0.15)
+            draw_seeds(axis, values[:, :, column], name)
     axes[0].set(title="Cut by the limit", xlabel="training step", ylabel="share of sampled completions")
     axes[1].set(title="Ended in the last quarter below it", xlabel="training step", ylabel="share")
     axes[0].legend()

@@ -11,7 +11,7 @@ docs/mechanisms/value_pretraining.png.
 """
 
 import torch
-from common import figure_of, parse, save, spread, trainer_of, vapo
+from common import draw_seeds, figure_of, parse, save, spread, trainer_of, vapo
 
 WAYS = {
     "no pre-training": {"VALUE_PRETRAIN_STEPS": 0},
@@ -55,9 +55,7 @@ def main():
         variances, biases = (torch.stack(column) for column in zip(*runs, strict=True))
         columns = [variances[:, :few].nanmean(1), variances[:, -few:].nanmean(1), biases[:, 0], biases[:, -1]]
         print(f"| {name} | " + " | ".join(spread(column.tolist()) for column in columns) + " |")
-        (line,) = left.plot(variances.nanmean(0), label=name)
-        low, high = variances.amin(0), variances.amax(0)
-        left.fill_between(range(arguments.steps), low, high, color=line.get_color(), alpha=0.15)
+        draw_seeds(left, variances, name)
         right.plot(range(1, FIFTHS + 1), biases.mean(0), "o-", label=name)
     left.set(title="Explained variance of the returns", xlabel="training steps of the policy", ylim=(-1, 1))
     right.set(title="Bias of the values", xlabel="fifth of a completion's tokens", ylabel="mean of value − outcome")
