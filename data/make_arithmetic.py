@@ -1,6 +1,6 @@
 """The embedded task: written addition, with a policy that can do it but mostly does not.
 
-    python data/make_arithmetic.py            # about 20 minutes on two CPU cores
+    python data/make_arithmetic.py            # about half an hour on two CPU cores
 
 A prompt is `47+85=`. The completion is free text that ends in `#` and the answer. The policy is pre-trained on four
 styles. Its mix makes the two common styles the wrong ones, like the first guess of a large base model:
@@ -18,7 +18,7 @@ It writes these, all from one seed:
 
     data/arithmetic/{train,test}.jsonl    prompts and answers, disjoint
     data/models/arithmetic-policy/        Qwen3ForCausalLM
-    data/models/arithmetic-moe/           Qwen3MoeForCausalLM, trained as the policy is; not shipped yet
+    data/models/arithmetic-moe/           Qwen3MoeForCausalLM, trained as the policy is
     data/models/arithmetic-reward/        Qwen3ForSequenceClassification, one logit, trained on 0 and 1
     data/models/accuracy.json             the accuracy of the models on the held-out prompts
 """

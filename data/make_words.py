@@ -26,7 +26,6 @@ NAMES = "Ann Ben Carla Dan Emma Finn Gina Hugo Ida Jack Kim Leo Mia Noah Olga Pa
 THINGS = "apples balls books cards coins cups eggs flags keys marbles pens plums shells stamps stones toys".split()
 MORE = (
     "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?",
-    "{name} has {a} {things}. {other} gives {name} {b} more. How many {things} does {name} have now?",
     "There are {a} {things} in a box. {name} puts {b} more into it. How many {things} are in the box now?",
     "{name} has {a} {things} and {other} has {b}. How many {things} do they have together?",
     "{name} finds {a} {things} in the morning and {b} in the evening. How many {things} does {name} find?",
