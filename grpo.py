@@ -39,8 +39,9 @@ import torch
 
 import configs
 from bookkeeping.evaluation import evaluation_metrics
-from bookkeeping.metrics import Clock, ratio_metrics, routing_metrics, samples_of, step_metrics
+from bookkeeping.metrics import Clock, ratio_metrics, sampler_gap, step_metrics, trainer_metrics
 from bookkeeping.run import Run
+from bookkeeping.samples import keep_samples
 from bookkeeping.selftest import selftest
 from engine.memory import FitToMemory, set_up_process
 from engine.packing import in_micro_batches, micro_batches, states_before_tokens
@@ -333,6 +334,8 @@ class GRPOTrainer:
         self.fit_to_memory = FitToMemory()
         at_once = SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE
         self.sampler = Sampler(self.policy, self.tokenizer, self.eos_ids, at_once, self.fit_to_memory)
+        self.all_move = self.reference is not None or ENTROPY_COEF + ROUTER_AUX_COEF > 0  # even without an advantage
+        self.on_policy = False  # whether a step has a single update, in which π is π_old
         self.worker = worker_beside(self.policy_device, self.devices.values())
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.beside = {}  # further models that train, by name
@@ -346,15 +349,17 @@ class GRPOTrainer:
         clock = Clock(self.policy_device)
         with clock("rollout"):
             rollouts = self.generate_responses_with_group_sampling(step)
-        self.add_scores(rollouts, clock)
+        self.add_scores(rollouts, step, clock)
         with clock("logps"):
-            gap = self.sampler_gap(rollouts)
-        with clock("update"):
+            gap = sampler_gap(self, rollouts)
             rollouts.advantages = self.compute_advantages(rollouts)
+            if not self.all_move:
+                self.add_old_logps(rollouts, step)
+        with clock("update"):
             updates = self.update_policy(rollouts, step)
         with clock("log"):
-            metrics = {"step": step, "sampler_gap": gap} | self.metrics_of_step(step, rollouts, updates)
-            self.keep_samples(step, rollouts, metrics)
+            metrics = {"step": step} | gap | self.metrics_of_step(step, rollouts, updates)
+            keep_samples(self, step, rollouts, metrics)
             self.update_kl_coef(metrics["kl_divergence"])
         return metrics | clock.metrics(metrics["completion_tokens"])
 
@@ -386,22 +391,10 @@ class GRPOTrainer:
         return self.compute_rewards(rollouts)
 
     @torch.no_grad()
-    def compute_log_probs(self, model, rollouts):
+    def compute_log_probs(self, model, rollouts, purpose="log-probs"):
         """Log-probs of all completions under a model: (B, T) on its device."""
         logps_of = functools.partial(in_micro_batches, rollouts, lambda part: completion_logps(model, part)[0])
-        return self.fit_to_memory("log-probs", MICRO_BATCH_TOKENS, logps_of)
-
-    def compute_old_logps(self, rollouts):
-        """log π_old, (B, T), of the policy that sampled: as it stands, before the step's updates.
-
-        In float32 these are the sampler's own. In bfloat16 sampling and training differ by 1e-2, so they are computed
-        again as the updates compute π, and the ratio begins at 1.
-        """
-        if self.policy_device.type == "cpu" and POLICY_DTYPE == "float32":
-            return rollouts.sampled_logps
-        if ROUTING_REPLAY == "r2":
-            rollouts.experts = None  # so the pass below chooses them, and puts them there
-        return self.compute_log_probs(self.policy, rollouts)
+        return self.fit_to_memory(purpose, MICRO_BATCH_TOKENS, logps_of)
 
     def compute_ref_logps(self, rollouts):
         """log π_ref, (B, T): of the reference model, or of the policy without its adapter; None without a KL term."""
@@ -410,13 +403,15 @@ class GRPOTrainer:
         with self.reference as model:
             return self.compute_log_probs(model, rollouts).to(self.policy_device)
 
-    def add_scores(self, rollouts, clock):
+    def add_scores(self, rollouts, step, clock):
         """Adds rewards, old_logps and ref_logps. Models on devices of their own work while the policy does."""
         rewards = self.worker.submit(self.score, rollouts)
         beside = self.worker if self.reference is not None and not self.reference.is_policy else LazyWorker()
         ref_logps = beside.submit(self.compute_ref_logps, rollouts)
+        rollouts.old_logps = rollouts.sampled_logps.to(self.policy_device, copy=True)
         with clock("logps"):
-            rollouts.old_logps = self.compute_old_logps(rollouts)
+            if self.all_move:
+                self.add_old_logps(rollouts, step)
         with clock("reward"):
             rollouts.rewards = rewards.result().to(self.policy_device)
         with clock("logps"):
@@ -433,16 +428,36 @@ class GRPOTrainer:
 
     # -- 4. Update
 
+    def mini_batches(self, rollouts, step, epoch):
+        """The completions of each optimizer step of an epoch, at random: a list of their numbers."""
+        generator, together = generator_of("mini-batches", step, epoch), GROUP_SIZE if WHOLE_GROUPS else 1
+        return split_at_random(torch.arange(len(rollouts.texts)), MINI_BATCHES, together, generator)
+
+    def add_old_logps(self, rollouts, step):
+        """Computes log π_old in the very micro-batches in which the updates compute π, so that the first ratios are 1.
+
+        In bfloat16 a log-prob depends on what else is in its batch. The sampler's log-probs stay where a completion
+        moves nothing, and in float32 on a CPU, where they are the trainer's.
+        """
+        self.on_policy = not self.sampler.exact and GRPO_EPOCHS * MINI_BATCHES == 1 and ROUTING_REPLAY != "r2"
+        if self.sampler.exact or self.on_policy or step <= self.constants.resting_steps:
+            return
+        moves = self.moving(rollouts)
+        for rows in self.mini_batches(rollouts, step, epoch=0):
+            moving = rollouts.select(rows := rows[moves[rows]])
+            if ROUTING_REPLAY == "r2":
+                moving.experts = None  # so the pass chooses them, and puts them there
+            rollouts.old_logps[rows.to(self.policy_device)] = self.compute_log_probs(self.policy, moving, "updates")
+            if moving.experts is not None:
+                rollouts.experts[rows] = moving.experts
+
     def update_policy(self, rollouts, step):
         """GRPO_EPOCHS passes over the completions, of MINI_BATCHES optimizer steps each. Returns their stats."""
         updates = []
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.constants)
-        together = GROUP_SIZE if WHOLE_GROUPS else 1  # completions
         for epoch in range(GRPO_EPOCHS):
-            generator = generator_of("mini-batches", step, epoch)
-            batches = split_at_random(torch.arange(len(rollouts.texts)), MINI_BATCHES, together, generator)
-            updates += [self.update(rollouts.select(rows)) for rows in batches]
+            updates += [self.update(rollouts.select(rows)) for rows in self.mini_batches(rollouts, step, epoch)]
         return updates
 
     def update(self, batch):
@@ -475,6 +490,9 @@ class GRPOTrainer:
         for rows in micro_batches(moving, budget):
             part = moving.select(rows)
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
+            if self.on_policy:
+                part.old_logps = part_logps.detach()
+                batch.old_logps[chosen[rows].to(self.policy_device)] = part.old_logps
             losses = self.losses(part, batch, part_logps, entropy)
             sum(losses.values()).backward()
             logps[chosen[rows].to(self.policy_device)] = part_logps.detach()
@@ -485,8 +503,9 @@ class GRPOTrainer:
 
     def moving(self, batch):
         """Which completions move the policy, (B,) on the CPU: with an advantage, or all by another term."""
-        all_move = batch.ref_logps is not None or ENTROPY_COEF + ROUTER_AUX_COEF > 0
-        return batch.advantages.view(len(batch.texts), -1).any(1).cpu() | all_move
+        if self.all_move:
+            return torch.ones(len(batch.texts), dtype=torch.bool)
+        return batch.advantages.view(len(batch.texts), -1).any(1).cpu()
 
     def losses(self, part, batch, logps, entropy):
         """What a part of the batch adds to its loss, {name: scalar}.
@@ -514,23 +533,7 @@ class GRPOTrainer:
 
     def metrics_of_step(self, step, rollouts, updates):
         """What metrics.jsonl holds of a step's sampling, rewards and updates."""
-        metrics = {"learning_rate": learning_rate_at(step, self.constants), "kl_coef": self.kl_coef}
-        metrics |= {"memory_halvings": self.fit_to_memory.halvings.total()} | self.rewards.report()
-        metrics |= routing_metrics(self.policy, rollouts, GROUP_SIZE, MICRO_BATCH_TOKENS)
-        return metrics | step_metrics(rollouts, updates, GROUP_SIZE)
-
-    def keep_samples(self, step, rollouts, metrics):
-        """Keeps what samples.jsonl shows of a step, and after a skipped update all completions for skipped.jsonl."""
-        shown = rollouts.select(torch.arange(len(rollouts.texts))[: SAMPLE_GROUPS * GROUP_SIZE])
-        self.samples = samples_of(step, self.tokenizer, shown, self.compute_log_probs(self.policy, shown))
-        if metrics["skipped_updates"]:
-            self.skipped = samples_of(step, self.tokenizer, rollouts, rollouts.old_logps)
-
-    def sampler_gap(self, rollouts):
-        """Mean |log-prob at sampling − log-prob in training| of the last group's tokens, nats, before any update."""
-        last = rollouts.select(torch.arange(len(rollouts.texts))[-GROUP_SIZE:])
-        logps = self.compute_log_probs(self.policy, last).cpu()
-        return (last.sampled_logps - logps)[last.completion_mask].abs().mean().item()
+        return trainer_metrics(self, step, rollouts) | step_metrics(rollouts, updates, GROUP_SIZE)
 
     # -- Around the steps
 

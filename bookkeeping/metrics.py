@@ -10,6 +10,7 @@ from engine.packing import micro_batches, states_before_tokens
 from engine.precision import autocast
 from engine.rollouts import last_tokens
 from engine.routing import experts_of_tokens, loads_of, routing_of
+from engine.steps import learning_rate_at
 
 
 def step_metrics(rollouts, updates, group_size):
@@ -17,7 +18,8 @@ def step_metrics(rollouts, updates, group_size):
 
     updates: the metrics that each optimizer step returned. A step's metric is their mean, or the least of a *_min and
     the greatest of a *_max. If there was no update, because no completion was in the loss, there is no ratio and no
-    gradient, and their metrics are None.
+    gradient, and their metrics are None. first_ratio_min and first_ratio_max are of the first update, before which the
+    policy is π_old, so they are 1 but for rounding.
     """
     rewards, advantages, old_logps = rollouts.rewards, rollouts.advantages, rollouts.old_logps
     mask = rollouts.completion_mask.to(old_logps.device)
@@ -25,6 +27,9 @@ def step_metrics(rollouts, updates, group_size):
     per_token = advantages.view(len(advantages), -1).expand(mask.shape).masked_fill(~mask, 0.0)  # (B, T)
     merged = {"policy_loss": 0.0, "entropy_loss": 0.0, "kl_loss": 0.0}
     merged |= dict.fromkeys(("kl_divergence", "clip_fraction", "ratio_mean", "ratio_min", "ratio_max", "grad_norm"))
+    merged |= dict.fromkeys(("first_ratio_min", "first_ratio_max"))
+    if updates:
+        merged |= {f"first_{name}": updates[0][name].item() for name in ("ratio_min", "ratio_max")}
     for name in updates[0] if updates else ():
         values = torch.stack([update[name] for update in updates]).double()
         reduce = values.min if name.endswith("_min") else values.max if name.endswith("_max") else values.mean
@@ -45,6 +50,32 @@ def step_metrics(rollouts, updates, group_size):
         "completion_tokens": int(lengths.sum()),
         "avg_response_length": lengths.mean().item(),
         "truncated": rollouts.truncated.double().mean().item(),
+    }
+
+
+def trainer_metrics(trainer, step, rollouts):
+    """Returns the metrics of a trainer itself in a step: its coefficients, memory halvings, rewards and routers."""
+    c = trainer.constants
+    metrics = {"learning_rate": learning_rate_at(step, c), "kl_coef": trainer.kl_coef}
+    metrics |= {"memory_halvings": trainer.fit_to_memory.halvings.total()} | trainer.rewards.report()
+    return metrics | routing_metrics(trainer.policy, rollouts, c.GROUP_SIZE, c.MICRO_BATCH_TOKENS)
+
+
+def sampler_gap(trainer, rollouts):
+    """Returns how far log-probs in training are from those at sampling, both before any update, in nats.
+
+    They are those of the last group. sampler_gap: the mean of |difference| over tokens; sampler_gap_max: the greatest;
+    sampler_gap_sequence: the root of the mean over sequences of (mean difference over the sequence's tokens)², which
+    would be the noise in GSPO's log s if the sampler's log-probs were π_old.
+    """
+    rollouts = rollouts.select(torch.arange(len(rollouts.texts))[-trainer.constants.GROUP_SIZE :])
+    mask, logps = rollouts.completion_mask, trainer.compute_log_probs(trainer.policy, rollouts)
+    gap = (logps.cpu() - rollouts.sampled_logps).masked_fill(~mask, 0.0).double()
+    of_sequences = gap.sum(1) / mask.sum(1)  # (B,)
+    return {
+        "sampler_gap": (gap.abs().sum() / mask.sum()).item(),
+        "sampler_gap_max": gap.abs().max().item(),
+        "sampler_gap_sequence": of_sequences.square().mean().sqrt().item(),
     }
 
 
@@ -148,50 +179,3 @@ class Clock:
         memory = torch.cuda.max_memory_allocated(self.device) / 1e9 if self.on_gpu else None
         speed = {"tokens_per_second": tokens / sum(self.seconds.values()), "peak_memory_gb": memory}
         return {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()} | speed
-
-
-def samples_of(step, tokenizer, rollouts, new_logps):
-    """Returns a dict per completion of a step, with what a reader wants to see.
-
-    logp_change: for each token, by how many nats the step's updates have moved its log-prob.
-    """
-    samples, rewards, advantages = [], rollouts.rewards, rollouts.advantages
-    for i, change in enumerate((new_logps - rollouts.old_logps).tolist()):
-        start, length = int(rollouts.prompt_lengths[i]), int(rollouts.completion_lengths[i])
-        tokens = rollouts.input_ids[i, start : start + length].tolist()
-        row = rollouts.prompts[i]
-        begun = [{"role": "assistant", "content": row["begun"]}] if row["begun"] else []
-        samples.append(
-            {
-                "step": step,
-                "prompt": row["prompt"],
-                "messages": [{name: one[name] for name in ("role", "content")} for one in row["messages"] + begun],
-                "completion": rollouts.texts[i],
-                "reward": rewards[i].sum().item(),
-                "advantage": (advantages[i] if advantages.dim() == 1 else advantages[i, :length].mean()).item(),
-                "answer": row["answer"],
-                "tokens": length,
-                "truncated": bool(rollouts.truncated[i]),
-                "token_texts": token_texts(tokenizer, tokens),
-                "logp_change": [round(value, 4) for value in change[:length]],
-            }
-        )
-    return samples
-
-
-def token_texts(tokenizer, ids):
-    """Returns the text that each token adds to the whole, with special tokens shown.
-
-    If a token ends within a character, it adds nothing. The token that completes the character adds all of it.
-    """
-    texts, first, before = [], 0, ""
-    for t in range(len(ids)):
-        now = tokenizer.decode(ids[first : t + 1])
-        if now.endswith("\ufffd") and t + 1 < len(ids):  # stands for bytes that are not yet a character
-            texts.append("")
-            continue
-        texts.append(now[len(before) :])
-        before = now
-        if t - first > 16:  # starts anew, so that no long text is decoded per token
-            first, before = t, tokenizer.decode(ids[t : t + 1])
-    return texts

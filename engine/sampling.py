@@ -9,7 +9,7 @@ from engine.packing import common_start
 from engine.precision import autocast
 from engine.rollouts import Rollouts
 from engine.routing import watch
-from engine.vocabulary import invert_cumulative
+from engine.vocabulary import head_of, invert_cumulative
 
 
 class Sampler:
@@ -22,6 +22,8 @@ class Sampler:
     def __init__(self, policy, tokenizer, eos_ids, at_once, fit_to_memory):
         self.policy, self.tokenizer, self.eos_ids = policy, tokenizer, eos_ids
         self.at_once, self.fit_to_memory = at_once, fit_to_memory
+        # Whether a completion's log-probs are the trainer's, whatever else is in the batch, but for 1e-6.
+        self.exact = policy.device.type == "cpu" and policy.dtype == torch.float32
 
     def __call__(
         self,
@@ -68,9 +70,9 @@ class Sampler:
         running = torch.ones(batch, dtype=torch.bool, device=device)
         # This is not the autocast of read_prompts, because each keeps copies of the weights until it ends.
         with torch.inference_mode(), autocast(device), watch(model) as routing:
-            decode = decoder_of(model)
+            decode, head = decoder_of(model), head_of(model)
             for t in range(max_tokens):
-                logits = model.get_output_embeddings()(hidden)  # (rows, V)
+                logits = head(hidden)  # (rows, V)
                 numbers = None if uniform is None else uniform[place, t]
                 tokens, logps[place, t] = sample_tokens(logits, numbers, temperature, top_p)
                 ids[place, t] = tokens

@@ -7,33 +7,44 @@ import torch
 from torch.nn.functional import linear, pad
 
 
+def head_of(model):
+    """Returns a model's output head, with its weights as they are now: hidden states (rows, H) -> logits (rows, V)."""
+    head = model.get_output_embeddings()
+    weight = as_factor(head.weight, head)
+    return lambda hidden: logits_of(as_factor(hidden, head), weight, head.bias)
+
+
 def token_logps(hidden, targets, head, with_entropy, at_once):
     """Returns log π of targets (tokens,), and the entropy there or else 0; both (tokens,), with gradient.
 
     hidden: hidden states (tokens, H). head: a linear output head. The result is that of head, log_softmax and gather,
-    and of −Σ p log p. It is computed in float32, but the head's product has the head's dtype or autocast's.
+    and of −Σ p log p, in float32. The factors of the head's product have the head's dtype or autocast's.
 
     The work is done by blocks of the vocabulary that fit a cache. At most at_once logits stay in memory, or those of
     one token of the vocabulary, beside the block at work. The backward pass computes again whatever was not kept.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    at_once = at_once if torch.is_grad_enabled() else 0
-    return TokenLogps.apply(hidden.to(dtype), head.weight.to(dtype), head.bias, targets, with_entropy, at_once)
+    hidden, weight = as_factor(hidden, head), as_factor(head.weight, head)
+    return TokenLogps.apply(hidden, weight, head.bias, targets, with_entropy, at_once, torch.is_grad_enabled())
+
+
+def as_factor(values, head):
+    """Returns values in the dtype that the factors of the head's product have: autocast's, or else the head's own."""
+    device = values.device.type
+    return values.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype)
 
 
 class TokenLogps(torch.autograd.Function):
-    """The function behind token_logps. If at_once is 0, it keeps no block for a backward pass."""
+    """The function behind token_logps. Blocks have one size with and without a backward pass: so do the sums."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, with_entropy, at_once):
+    def forward(ctx, hidden, weight, bias, targets, with_entropy, at_once, backward_follows):
         logits_of_a_block = 2 ** (22 if hidden.device.type == "cpu" else 24)  # 16 MB fit a CPU's cache
-        size = max(1, min(logits_of_a_block, at_once or logits_of_a_block) // max(1, len(hidden)))
-        kept = at_once // (size * max(1, len(hidden))) - 1  # blocks to keep beside the one at work
+        size = max(1, min(logits_of_a_block, at_once) // max(1, len(hidden)))
+        kept = at_once // (size * max(1, len(hidden))) - 1 if backward_follows else 0  # beside the block at work
         ctx.blocks, chosen, tops, sums, informations = [], 0.0, [], [], []
         for start in range(0, len(weight), size):
             columns = slice(start, min(start + size, len(weight)))
-            logits = logits_of(hidden, weight, bias, columns)
+            logits = logits_of(hidden, weight[columns], bias_of(bias, columns))
             inside, place = in_block(targets, columns)
             chosen = chosen + logits.gather(1, place).squeeze(1).masked_fill(~inside, 0.0)
             tops.append(logits.amax(1))  # (tokens,)
@@ -64,7 +75,9 @@ class TokenLogps(torch.autograd.Function):
         while ctx.blocks:
             columns, top, exps = ctx.blocks.pop()
             if exps is None:
-                exps, top = logits_of(hidden, weight, bias, columns).sub_(normalizer[:, None]).exp_(), normalizer
+                logits = logits_of(hidden, weight[columns], bias_of(bias, columns))
+                exps, top = logits.sub_(normalizer[:, None]).exp_(), normalizer
+                del logits
             of_exps = (top - normalizer).exp()[:, None]
             if ctx.with_entropy:
                 exps.mul_(of_exps)  # probabilities now
@@ -82,13 +95,27 @@ class TokenLogps(torch.autograd.Function):
             if with_bias:
                 grad_bias[columns] = block.sum(0)
             del exps, block
-        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
 
 
-def logits_of(hidden, weight, bias, columns):
-    """Returns the logits of a block of the vocabulary, (tokens, columns), in float32 or more."""
-    logits = linear(hidden, weight[columns], None if bias is None else bias[columns].to(weight.dtype))
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def bias_of(bias, columns):
+    return None if bias is None else bias[columns]
+
+
+def logits_of(hidden, weight, bias):
+    """Returns the head's product, (tokens, V), in float32 or more.
+
+    hidden: (tokens, H), and weight: (V, H), as_factor. If they are in bfloat16, their products are exact in float32,
+    and are summed there. A sum that is rounded to bfloat16 would be off by up to 0.06 where a logit is 16 or more.
+    """
+    if weight.dtype in (torch.float32, torch.float64):
+        return linear(hidden, weight, bias)
+    with torch.autocast(weight.device.type, enabled=False):
+        if weight.device.type == "cuda":
+            logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        else:
+            logits = hidden.float() @ weight.float().T
+    return logits if bias is None else logits + bias.float()
 
 
 def in_block(targets, columns):

@@ -8,6 +8,7 @@ import configs
 import dapo
 import gspo
 import plotting
+from bookkeeping.metrics import Clock
 from engine.rollouts import Rollouts
 
 
@@ -89,7 +90,12 @@ def test_a_surplus_group_keeps_the_policy_that_sampled_it_as_old(small):
     assert surplus
     trainer.surplus = surplus
     rollouts = trainer.generate_responses_with_group_sampling(7)
-    old_logps = trainer.compute_old_logps(rollouts)
+    small.OVERLONG_FILTER = False
+    trainer.sampler.exact = False  # as in bfloat16, where the trainer computes π_old
+    trainer.add_scores(rollouts, 7, Clock(trainer.policy_device))
+    rollouts.advantages = torch.ones(len(rollouts.texts))
+    trainer.add_old_logps(rollouts, 7)
+    old_logps = rollouts.old_logps
     now = trainer.compute_log_probs(trainer.policy, rollouts)
     trainer.policy.load_state_dict(carried_from)
     then = trainer.compute_log_probs(trainer.policy, rollouts)

@@ -266,7 +266,7 @@ def test_two_steps_on_rows_of_gsm8k_itself(model_folder, tmp_path, script):
 def gradient_of_an_update(trainer):
     trainer.optimizer.step = lambda: None
     rollouts = trainer.generate_responses_with_group_sampling(1)
-    rollouts.old_logps = trainer.compute_old_logps(rollouts)
+    rollouts.old_logps = rollouts.sampled_logps.clone()
     rollouts.ref_logps = rollouts.old_logps - 0.1
     rollouts.advantages = torch.randn(len(rollouts.texts), generator=torch.Generator().manual_seed(0))
     trainer.update(rollouts)
@@ -446,7 +446,7 @@ def test_the_loss_moves_each_token_by_its_own_advantage(model_folder, gsm8k_file
     rollouts = trainer.generate_responses_with_group_sampling(1)
     mask = rollouts.completion_mask
     advantages = gspo.compute_token_advantages(trainer.compute_rewards(rollouts), mask, 4)
-    rollouts.old_logps, rollouts.advantages = trainer.compute_old_logps(rollouts), advantages
+    rollouts.old_logps, rollouts.advantages = rollouts.sampled_logps.clone(), advantages
     trainer.update(rollouts)
     found = [parameter.grad.clone() for parameter in trainer.trained]
     logps, _ = gspo.completion_logps(trainer.policy, rollouts)

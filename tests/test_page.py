@@ -19,7 +19,7 @@ from conftest import trainer_of
 
 import configs
 import gspo
-from bookkeeping import evaluation, metrics, sample_page
+from bookkeeping import evaluation, sample_page, samples
 from scoring import rules
 
 NASTY = "<script>document.title = 'owned'</script>\"'&<img src=x onerror=\"document.title='owned'\">"
@@ -147,12 +147,12 @@ def test_the_texts_of_tokens_join_to_the_text_of_all_of_them():
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     decode = tokenizer.decode
     tokenizer.decode = lambda ids: decoded.append(len(ids)) or decode(ids)
-    texts = metrics.token_texts(tokenizer, ids)
+    texts = samples.token_texts(tokenizer, ids)
     assert len(texts) == len(ids) > 1000 and "".join(texts) == text + "<end>"
     assert "🙂" in texts and "二" in texts and not any("\ufffd" in piece for piece in texts)
     assert sum(decoded) < 16 * len(ids)
     broken = ids[: ids.index(tokenizer("🙂")["input_ids"][0]) + 2]  # cut within a character
-    assert "".join(metrics.token_texts(tokenizer, broken)) == decode(broken) and decode(broken).endswith("\ufffd")
+    assert "".join(samples.token_texts(tokenizer, broken)) == decode(broken) and decode(broken).endswith("\ufffd")
 
 
 @pytest.mark.parametrize("line", ["{", "[]", json.dumps({"step": 1})])

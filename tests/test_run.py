@@ -188,7 +188,7 @@ def trainer_with_rollouts(small_script):
     trainer = trainer_of(small_script)
     trainer.optimizer.step = lambda: None  # keeps the weights, because only the gradient is compared
     rollouts = trainer.generate_responses_with_group_sampling(1)
-    rollouts.old_logps = trainer.compute_old_logps(rollouts) + 0.05
+    rollouts.old_logps = rollouts.sampled_logps + 0.05
     rollouts.ref_logps = trainer.compute_ref_logps(rollouts) - 0.1
     rollouts.advantages = torch.randn(len(rollouts.texts), generator=torch.Generator().manual_seed(0))
     return small_script, trainer, rollouts
@@ -530,17 +530,16 @@ def test_plotting_what_cannot_be_read_fails_in_one_line(tmp_path, capsys, conten
 
 def test_on_another_device_rewards_and_reference_overlap_the_policys_own_pass(small, monkeypatch):
     """Each side waits until the other has begun. If one came after the other, this would never end."""
-    monkeypatch.setattr(small.GSPOTrainer, "keep_samples", lambda *_: None)  # a pass after the step
-    compute_log_probs = small.GSPOTrainer.compute_log_probs  # as in bfloat16; float32 has no pass of its own
-    monkeypatch.setattr(
-        small.GSPOTrainer, "compute_old_logps", lambda self, rollouts: self.compute_log_probs(self.policy, rollouts)
-    )
-    monkeypatch.setattr(small.GSPOTrainer, "sampler_gap", lambda self, rollouts: 0.0)  # a third pass, after both
+    monkeypatch.setattr(small, "keep_samples", lambda *_: None)  # a pass after the step
+    monkeypatch.setattr(small, "sampler_gap", lambda *_: {})  # a third pass, after both
+    small.MINI_BATCHES, small.GSPO_EPOCHS = 1, 2
     trainer = small.GSPOTrainer()
     assert not isinstance(trainer.worker, ThreadPoolExecutor)  # one device: in turn
+    trainer.sampler.exact = False  # as in bfloat16, so that the policy has a pass of its own
     expected = trainer.train_step(1)
     trainer = small.GSPOTrainer()
+    trainer.sampler.exact = False
     trainer.worker = ThreadPoolExecutor(1)
-    both = threading.Barrier(2, timeout=30)
-    monkeypatch.setattr(trainer, "compute_log_probs", lambda *a: (both.wait(), compute_log_probs(trainer, *a))[1])
+    both, compute = threading.Barrier(2, timeout=30), trainer.compute_log_probs
+    monkeypatch.setattr(trainer, "compute_log_probs", lambda *a: (both.wait(), compute(*a))[1])
     assert timeless([trainer.train_step(1)]) == timeless([expected])

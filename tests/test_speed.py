@@ -94,9 +94,10 @@ def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_scri
     script = small_script
     script.KL_COEF, script.ENTROPY_COEF, script.MAX_GRAD_NORM = 0.0, 0.0, 1e9
     trainer = trainer_of(script)
+    trainer.all_move = False  # as it is without a critic
     trainer.optimizer.step = lambda: None
     rollouts = trainer.generate_responses_with_group_sampling(1)
-    old_logps, advantages = trainer.compute_old_logps(rollouts) + 0.05, torch.zeros(len(rollouts.texts))
+    old_logps, advantages = rollouts.sampled_logps + 0.05, torch.zeros(len(rollouts.texts))
     advantages[4:8] = torch.tensor([1.0, -1.0, 0.5, -0.5])  # one of four groups
     passes = Passes(trainer.policy)
     rollouts.old_logps, rollouts.advantages = old_logps, advantages
@@ -108,7 +109,7 @@ def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_scri
     torch.testing.assert_close(stats["policy_loss"], loss.detach(), rtol=1e-4, atol=1e-6)
     for one, other in zip(found, torch.autograd.grad(loss, trainer.trained), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
-    script.ENTROPY_COEF = 1e-9  # then all completions go through the model
+    script.ENTROPY_COEF, trainer.all_move = 1e-9, True  # all completions go through the model
     again = trainer.update(rollouts)
     for name in ("clip_fraction", "ratio_mean", "ratio_min", "ratio_max"):
         torch.testing.assert_close(again[name], stats[name], rtol=1e-4, atol=1e-6)
@@ -117,7 +118,7 @@ def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_scri
         logps.where(~dead[:, None], old_logps), old_logps, advantages, rollouts.completion_mask
     )[1]
     assert stats["clip_fraction"] == right["clip_fraction"]
-    script.ENTROPY_COEF = 0.0
+    script.ENTROPY_COEF, trainer.all_move = 0.0, False
     rollouts.advantages = advantages * 0
     assert trainer.update(rollouts)["policy_loss"] == 0
 

@@ -43,7 +43,7 @@ def trainer_of(script, **constants):
 def scored_rollouts(trainer, step):
     """Returns the rollouts of a step with all that its update needs."""
     rollouts = trainer.generate_responses_with_group_sampling(step)
-    trainer.add_scores(rollouts, Clock(trainer.policy_device))
+    trainer.add_scores(rollouts, step, Clock(trainer.policy_device))
     rollouts.advantages = trainer.compute_advantages(rollouts)
     return rollouts
 
