@@ -104,6 +104,41 @@ def say_what_does_not_act(step, history, constants, files):
         )
 
 
+def say_what_looks_wrong(history, constants, files):
+    """Warns of noise in the ratio or between sampler and trainer, of cut or dead completions, and of a rising entropy.
+
+    Each is said once in a run. files: the RunFolder.
+    """
+    rows = history[1:]
+    now, latest = rows[-1], rows[-IDLE_STEPS:]
+    clip = min(constants.CLIP_LOW, constants.CLIP_HIGH)
+    noise = max(1 - now["first_ratio_min"], now["first_ratio_max"] - 1) if now["updates"] else 0.0
+    cut, dead = (min(row[name] for row in latest) for name in ("truncated", "dead_groups"))
+    lasts = len(latest) == IDLE_STEPS
+    wrong = {
+        "noise": noise > clip / 2
+        and f"before the first update of step {now['step']} ratios were off by {noise:.1e}, more than half of the clip "
+        f"at {clip:g}, and nothing was learned yet; set a wider --clip-low and --clip-high, or see docs/numerics.md",
+        "gap": now["sampler_gap"] > 0.1
+        and f"in step {now['step']} the sampler's log-probs were {now['sampler_gap']:.2f} nats per token off the "
+        "trainer's, so that it samples from another policy; --selftest tells which completions differ",
+        "truncated": lasts
+        and cut > 0.5
+        and f"in {IDLE_STEPS} steps more than half of the completions were cut at MAX_COMPLETION_TOKENS = "
+        f"{constants.MAX_COMPLETION_TOKENS}, before their answer; raise --max-completion-tokens",
+        "dead": lasts
+        and 0.9 < dead < 1
+        and f"in {IDLE_STEPS} steps more than 90 % of the groups had equal rewards and taught nothing; give prompts of "
+        "medium difficulty, or a larger --group-size, or train with dapo.py",
+        "entropy": now["entropy"] > 2 * rows[0]["entropy"]
+        and f"entropy rose from {rows[0]['entropy']:.2f} in step 1 to {now['entropy']:.2f} nats per token in step "
+        f"{now['step']}, as it does before a collapse; lower --learning-rate or --entropy-coef",
+    }
+    for topic, message in wrong.items():
+        if message:
+            files.complain(topic, message)
+
+
 def print_summary(history, seconds, rows, texts_before, texts_after, folder):
     """Prints held-out accuracy and the first completions, before and after training.
 

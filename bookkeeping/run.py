@@ -17,6 +17,7 @@ from bookkeeping.progress import (
     print_summary,
     say_if_accuracy_fell,
     say_what_does_not_act,
+    say_what_looks_wrong,
     warn_about_learning_rate,
 )
 from bookkeeping.saving import Saver, state_of
@@ -225,6 +226,7 @@ class Run:
             if "eval_accuracy" in metrics:
                 say_if_accuracy_fell(self.history, len(self.trainer.eval_rows), self.files)
             say_what_does_not_act(step, self.history, self.constants, self.files)
+            say_what_looks_wrong(self.history, self.constants, self.files)
             self.progress.show(self.history)
         self._lap("pictures")
         if last:

@@ -13,6 +13,7 @@ from configs import InputError
 from inputs.libraries import quiet_libraries
 
 TOLERANCES = 1e-3, 0.1  # nats, in float32 and in bfloat16; two ways to compute a log-prob may differ by this much
+SAME_PASS = 1e-5  # two passes over the same micro-batches may differ by this much in the ratio, in any precision
 MOVED = 0.9  # share of the weights with a gradient that a step should change
 
 
@@ -78,11 +79,15 @@ def log_prob_lines(trainer, rollouts, old_logps, tolerance):
     with torch.no_grad():
         alone = [trainer.compute_log_probs(trainer.policy, rollouts.select(row[None]))[0].cpu() for row in every]
     sampled = (rollouts.sampled_logps - old_logps)[mask].abs()
-    batched = (torch.stack(alone) - old_logps)[mask].abs()
+    batched = (torch.stack(alone) - old_logps).masked_fill(~mask, 0.0)
+    noise, c = (batched.sum(1) / mask.sum(1)).square().mean().sqrt(), trainer.constants
     text = f"mean {sampled.mean():.1e}, most {sampled.max():.1e}"
+    most = batched.abs().max()
+    clip = f"{noise:.1e}; the clip is {c.CLIP_LOW:g} and {c.CLIP_HIGH:g}"
     return [
         ("log-probs, sampler against trainer", text, sampled.mean() < tolerance),
-        ("log-probs, batched against alone", f"most {batched.max():.1e}", batched.max() < 10 * tolerance),
+        ("log-probs, batched against alone", f"most {most:.1e}", most < 10 * tolerance),
+        ("noise of a sequence's mean log-prob", clip, noise < min(c.CLIP_LOW, c.CLIP_HIGH) / 2),
     ]
 
 
@@ -126,7 +131,8 @@ def update_lines(trainer, constants, rollouts, old_logps, tolerance):
     rollouts.ref_logps = None if trainer.reference is None else old_logps
     stats = trainer.update(rollouts)
     low, high = stats["ratio_min"].item(), stats["ratio_max"].item()
-    lines = [("ratio before the first update", f"{low:.6f} to {high:.6f}", abs(low - 1) < tolerance > abs(high - 1))]
+    exact = 1 - SAME_PASS < low <= high < 1 + SAME_PASS
+    lines = [("ratio before the first update", f"{low:.6f} to {high:.6f}", exact)]
     norm = stats["grad_norm"].item()
     lines.append(("norm of the gradient", f"{norm:.3g}", 0 < norm < float("inf")))
     return [*lines, moved_line("weights that the step moved", trained, before, trainer.optimizer)]

@@ -106,6 +106,28 @@ def test_a_surplus_group_keeps_the_policy_that_sampled_it_as_old(small):
     assert (now[carried] - then[carried]).abs().max() > 1e-2
 
 
+def test_a_surplus_group_keeps_the_experts_that_sampled_it_under_r2(small):
+    small.POLICY_MODEL, small.ROUTING_REPLAY, small.OVERLONG_FILTER = "data/models/arithmetic-moe", "r2", False
+    small.DYNAMIC_SAMPLING = False
+    trainer = small.DAPOTrainer()
+    trainer.sampler.exact = False  # as in bfloat16
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    carried = rollouts.carried = torch.arange(len(rollouts.texts)) < small.GROUP_SIZE
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters():  # as a step would, so that other experts are chosen
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    sampled = rollouts.experts.clone()
+    trainer.add_scores(rollouts, 1, Clock(trainer.policy_device))
+    rollouts.advantages = torch.ones(len(rollouts.texts))
+    trainer.add_old_logps(rollouts, 1)
+    assert torch.equal(rollouts.experts[carried], sampled[carried])
+    assert torch.equal(rollouts.old_logps[carried], rollouts.sampled_logps[carried])
+    assert (rollouts.experts != sampled)[~carried].any()
+    small.ROUTING_REPLAY = ""  # without replay the policy chooses the same experts as in the pass for π_old
+    now = trainer.compute_log_probs(trainer.policy, rollouts)
+    torch.testing.assert_close(rollouts.old_logps[~carried], now[~carried], rtol=1e-4, atol=1e-4)
+
+
 def test_without_dynamic_sampling_the_rollouts_are_those_of_gspo(small, tmp_path):
     small.DYNAMIC_SAMPLING = False
     trainer, other = small.DAPOTrainer(), shrink(gspo, tmp_path).GSPOTrainer()

@@ -539,20 +539,20 @@ def test_presets_change_constants_and_say_so(capsys):
     configs.apply_overrides(vars(gspo), ["--preset", "gsm8k"])
     before["PRESET"] = gspo.PRESET
     out = capsys.readouterr().out
-    assert gspo.POLICY_MODEL == "Qwen/Qwen3-0.6B" and gspo.CLIP_LOW == 3e-4 and gspo.EVAL_REWARD == "math"
+    assert gspo.POLICY_MODEL == "Qwen/Qwen3-0.6B" and gspo.CLIP_LOW == 3e-3 and gspo.EVAL_REWARD == "math"
     preset = configs.PRESETS["gsm8k"] | gspo.presets["gsm8k"]
     for name, value in configs.constant_values(vars(gspo)).items():
         expected = preset.get(name, before[name])
         assert value == expected, name
         assert (f"preset gsm8k: {name} = {expected!r}  (was {before[name]!r})" in out) == (expected != before[name])
-    assert "preset gsm8k: CLIP_HIGH = 0.0004  (was 0.04)" in out and "LOSS_DIVISOR" not in out
+    assert "preset gsm8k: CLIP_HIGH = 0.004  (was 0.04)" in out and "LOSS_DIVISOR" not in out
 
 
 def test_a_link_to_a_script_has_the_scripts_preset(tmp_path):
     (tmp_path / "train.py").symlink_to(configs.HERE / "gspo.py")
     namespace = vars(gspo) | {"__file__": str(tmp_path / "train.py")}
     configs.apply_overrides(namespace, ["--preset", "gsm8k"])
-    assert namespace["CLIP_LOW"] == 3e-4
+    assert namespace["CLIP_LOW"] == 3e-3
 
 
 @pytest.mark.parametrize(

@@ -319,7 +319,7 @@ def test_the_selftest_passes_on_the_embedded_task_and_leaves_nothing(small_scrip
     lines = lines_of(capsys)
     marks = [mark for mark, _ in lines.values()]
     of_critic = 4 * hasattr(small_script, "completion_values")
-    assert marks == [""] * 2 + ["ok"] * (8 + of_critic)  # prompt and completion are for the reader to judge
+    assert marks == [""] * 2 + ["ok"] * (9 + of_critic)  # prompt and completion are for the reader to judge
     assert not (tmp_path / "outputs").exists()
 
 

@@ -128,6 +128,17 @@ def test_a_resumed_run_with_lora_bfloat16_and_a_schedule_is_the_same_too(tmp_pat
     assert_the_same(resumed(grpo, trainer.run.folder), expected)
 
 
+@pytest.mark.parametrize("script", [grpo, dapo], ids=named)
+def test_a_resumed_run_of_a_mixture_with_routing_replay_is_the_same_too(tmp_path, whole, script):
+    constants = {"POLICY_MODEL": "data/models/arithmetic-moe", "ROUTING_REPLAY": "r3", "ROUTER_AUX_COEF": 0.01}
+    constants |= {"MAX_COMPLETION_TOKENS": 24, "EVAL_SIZE": 2}
+    expected = whole(script, **constants)
+    trainer = crashing(set_up(script, tmp_path, **constants), 4)
+    with pytest.raises(Crash):
+        trainer.train()
+    assert_the_same(resumed(script, trainer.run.folder), expected)
+
+
 def test_dapo_carries_surplus_groups_and_rounds_over_the_checkpoint(tmp_path):
     trainer = set_up(dapo, tmp_path, MAX_STEPS=2)
     trainer.train()

@@ -543,3 +543,33 @@ def test_on_another_device_rewards_and_reference_overlap_the_policys_own_pass(sm
     both, compute = threading.Barrier(2, timeout=30), trainer.compute_log_probs
     monkeypatch.setattr(trainer, "compute_log_probs", lambda *a: (both.wait(), compute(*a))[1])
     assert timeless([trainer.train_step(1)]) == timeless([expected])
+
+
+def looks(**changed):
+    row = {"step": 1, "updates": 4, "first_ratio_min": 1.0, "first_ratio_max": 1.0, "sampler_gap": 1e-3}
+    return row | {"truncated": 0.1, "dead_groups": 0.5, "entropy": 0.4} | changed
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([looks(first_ratio_max=1.02)], "more than half of the clip at 0.03"),
+        ([looks(first_ratio_min=0.97)], "ratios were off by 3.0e-02"),
+        ([looks(sampler_gap=0.11)], "0.11 nats per token off the trainer's"),
+        ([looks(truncated=0.51)] * 10, "raise --max-completion-tokens"),
+        ([looks(dead_groups=0.95)] * 10, "more than 90 % of the groups"),
+        ([looks(), looks(entropy=0.81)], "entropy rose from 0.40 in step 1 to 0.81"),
+        ([looks(truncated=0.51)] * 9, None),
+        ([looks(dead_groups=1.0)] * 10, None),  # another warning is about these
+        ([looks(updates=0, first_ratio_min=None, first_ratio_max=None)], None),
+        ([looks()] * 20, None),
+    ],
+)
+def test_what_looks_wrong_is_said_once_with_its_remedy(small, capsys, rows, words):
+    trainer = small.GSPOTrainer()
+    files = run_folders.RunFolder(trainer.constants)
+    capsys.readouterr()
+    for _ in range(2):
+        progress.say_what_looks_wrong([{"step": 0}, *rows], trainer.constants, files)
+    lines = capsys.readouterr().out.splitlines()
+    assert (words is None and not lines) or (len(lines) == 1 and words in lines[0])
