@@ -487,8 +487,7 @@ class DAPOTrainer:
         """Computes log π_old in the very micro-batches in which the updates compute π, so that the first ratios are 1.
 
         In bfloat16 a log-prob depends on what else is in its batch. The sampler's log-probs stay where a completion
-        moves nothing, in a carried-over group, because an older policy sampled it, and in float32 on a CPU, where they
-        are the trainer's.
+        moves nothing, where an older policy sampled it, and in float32 on a CPU, where they are the trainer's.
         """
         one_update = DAPO_EPOCHS * MINI_BATCHES == 1 and ROUTING_REPLAY != "r2"
         self.on_policy = not self.sampler.exact and one_update and not rollouts.carried.any()
@@ -601,6 +600,7 @@ class DAPOTrainer:
             "dead_groups_drawn": is_dead(rewards, GROUP_SIZE).double().mean().item(),
             "resampled": 1 - 1 / len(self.drawn),
             "carried_over": rollouts.carried.double().mean().item(),
+            **dict.fromkeys(("first_ratio_min", "first_ratio_max") if rollouts.carried.any() else ()),  # no mere noise
         }
 
     def train(self):

@@ -112,7 +112,8 @@ def say_what_looks_wrong(history, constants, files):
     rows = history[1:]
     now, latest = rows[-1], rows[-IDLE_STEPS:]
     clip = min(constants.CLIP_LOW, constants.CLIP_HIGH)
-    noise = max(1 - now["first_ratio_min"], now["first_ratio_max"] - 1) if now["updates"] else 0.0
+    first = now["first_ratio_min"], now["first_ratio_max"]
+    noise = 0.0 if None in first else max(1 - first[0], first[1] - 1)
     cut, dead = (min(row[name] for row in latest) for name in ("truncated", "dead_groups"))
     lasts = len(latest) == IDLE_STEPS
     wrong = {

@@ -89,6 +89,9 @@ def test_a_surplus_group_keeps_the_policy_that_sampled_it_as_old(small):
             break
     assert surplus
     trainer.surplus = surplus
+    metrics = trainer.train_step(step + 1)
+    assert metrics["carried_over"] > 0 and metrics["first_ratio_min"] is metrics["first_ratio_max"] is None
+    trainer.surplus = surplus
     rollouts = trainer.generate_responses_with_group_sampling(7)
     small.OVERLONG_FILTER = False
     trainer.sampler.exact = False  # as in bfloat16, where the trainer computes π_old

@@ -4,7 +4,9 @@
     python benchmarks/mechanisms/length_bias.py --seeds 1 --steps 4
 
 grpo.py trains on the embedded task, rewarded by the rule, without a KL, with each LOSS_AGGREGATION and with 4 and 16
-prompts in a step. A mean over each completion's tokens gives the tokens of a long wrong completion less weight than
+prompts in a step, whole groups in a mini-batch. group_mean is a mean over the tokens of each group, and over the groups
+(DAPO's eq. 8 as it is printed): token_mean, with each advantage times the mean tokens of a group over those of its own.
+A mean over each completion's tokens gives the tokens of a long wrong completion less weight than
 those of a short one, so that wrong completions may grow (Dr. GRPO, arXiv 2503.20783). It prints the mean length of
 right and of wrong completions in the first and the last fifth of the steps. It draws docs/mechanisms/length_bias.png.
 """
@@ -12,14 +14,24 @@ right and of wrong completions in the first and the last fifth of the steps. It 
 import torch
 from common import figure_of, grpo, parse, save, spread, trainer_of
 
-WAYS, BATCHES = ("sequence_mean", "token_mean", "constant"), (4, 16)
+WAYS, BATCHES = ("sequence_mean", "token_mean", "group_mean", "constant"), (4, 16)
 
 
 def run(seed, steps, way, prompts):
     """Returns the mean length of right and of wrong completions in each step, (steps, 2)."""
     settings = {"SEED": seed, "MAX_STEPS": steps, "REWARDS": "exact_match", "KL_COEF": 0.0, "BATCH_SIZE": prompts}
-    trainer, rows = trainer_of(grpo, **settings, LOSS_AGGREGATION=way), []
-    update_policy = trainer.update_policy
+    aggregation = "token_mean" if way == "group_mean" else way
+    trainer, rows = trainer_of(grpo, **settings, WHOLE_GROUPS=True, LOSS_AGGREGATION=aggregation), []
+    update_policy, update_batch = trainer.update_policy, trainer.update
+
+    def by_group(batch):
+        tokens = batch.completion_lengths.view(-1, grpo.GROUP_SIZE).sum(1).double()
+        factors = (tokens.mean() / tokens).repeat_interleave(grpo.GROUP_SIZE)
+        batch.advantages = batch.advantages * factors.to(batch.advantages)
+        return update_batch(batch)
+
+    if way == "group_mean":
+        trainer.update = by_group
 
     def update(rollouts, step):
         right, lengths = rollouts.rewards > 0, rollouts.completion_lengths.double()
