@@ -44,7 +44,7 @@ import configs
 from bookkeeping.evaluation import evaluation_metrics
 from bookkeeping.metrics import Clock, ratio_metrics, sampler_gap, step_metrics, trainer_metrics, value_metrics
 from bookkeeping.run import Run
-from bookkeeping.samples import keep_samples
+from bookkeeping.samples import samples_of_step
 from bookkeeping.selftest import selftest
 from engine.memory import FitToMemory, set_up_process
 from engine.packing import in_micro_batches, micro_batches, states_before_tokens
@@ -357,7 +357,7 @@ class PPOTrainer:
             rollouts = self.generate_responses_with_group_sampling(step)
         self.add_scores(rollouts, step, clock)
         with clock("logps"):
-            gap = sampler_gap(self, rollouts)
+            gap = sampler_gap(rollouts, self.compute_log_probs(self.policy, rollouts[-GROUP_SIZE:]))
             rollouts.advantages = self.compute_advantages(rollouts)
             if not self.all_move:
                 self.add_old_logps(rollouts, step)
@@ -365,7 +365,8 @@ class PPOTrainer:
             updates = self.update_policy(rollouts, step)
         with clock("log"):
             metrics = {"step": step} | gap | self.metrics_of_step(step, rollouts, updates)
-            keep_samples(self, step, rollouts, metrics)
+            logps = self.compute_log_probs(self.policy, rollouts[: SAMPLE_GROUPS * GROUP_SIZE])
+            self.samples, self.skipped = samples_of_step(step, self.tokenizer, rollouts, logps, metrics)
             self.update_kl_coef(metrics["kl_divergence"])
         return metrics | clock.metrics(metrics["completion_tokens"])
 
@@ -514,9 +515,8 @@ class PPOTrainer:
         logps, stats = self.fit_to_memory("updates", MICRO_BATCH_TOKENS, lambda n: self.compute_gradient(batch, n))
         stats["grad_norm"] = take_step(self.optimizer, MAX_GRAD_NORM, stats)
         mask = batch.completion_mask.to(self.policy_device)
-        with_advantage = batch.advantages.view(len(mask), -1).any(1, keepdim=True)
-        logps_counted = torch.where(with_advantage, logps, batch.old_logps)
-        stats |= ratio_stats(logps_counted, batch.old_logps, batch.advantages, mask)
+        counted = torch.where(batch.advantages.view(len(mask), -1).any(1, keepdim=True), logps, batch.old_logps)
+        stats |= ratio_stats(counted, batch.old_logps, batch.advantages, mask)
         if batch.ref_logps is not None:
             kl = compute_kl(logps, batch.ref_logps)  # logged as a mean per token, whatever the loss divides by
             stats["kl_divergence"] = aggregate(kl, mask) / aggregate(torch.ones_like(kl), mask)

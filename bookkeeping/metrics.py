@@ -61,16 +61,16 @@ def trainer_metrics(trainer, step, rollouts):
     return metrics | routing_metrics(trainer.policy, rollouts, c.GROUP_SIZE, c.MICRO_BATCH_TOKENS)
 
 
-def sampler_gap(trainer, rollouts):
+def sampler_gap(rollouts, logps):
     """Returns how far log-probs in training are from those at sampling, both before any update, in nats.
 
-    They are those of the last group. sampler_gap: the mean of |difference| over tokens; sampler_gap_max: the greatest;
-    sampler_gap_sequence: the root of the mean over sequences of (mean difference over the sequence's tokens)², which
-    would be the noise in GSPO's log s if the sampler's log-probs were π_old.
+    logps: those in training of the last completions, (n, T). sampler_gap: the mean of |difference| over tokens;
+    sampler_gap_max: the greatest; sampler_gap_sequence: the root of the mean over sequences of (mean difference over
+    the sequence's tokens)², which would be the noise in GSPO's log s if the sampler's log-probs were π_old.
     """
-    rollouts = rollouts.select(torch.arange(len(rollouts.texts))[-trainer.constants.GROUP_SIZE :])
-    mask, logps = rollouts.completion_mask, trainer.compute_log_probs(trainer.policy, rollouts)
-    gap = (logps.cpu() - rollouts.sampled_logps).masked_fill(~mask, 0.0).double()
+    last = rollouts[-len(logps) :]
+    mask = last.completion_mask
+    gap = (logps.cpu() - last.sampled_logps).masked_fill(~mask, 0.0).double()
     of_sequences = gap.sum(1) / mask.sum(1)  # (B,)
     return {
         "sampler_gap": (gap.abs().sum() / mask.sum()).item(),
@@ -92,7 +92,7 @@ def routing_metrics(policy, rollouts, group_size, token_budget):
     if routing is None:
         return {}
     loads = loads_of(experts_of_tokens(rollouts), routing.routers[0].num_experts)  # (layers, experts)
-    last = rollouts.select(torch.arange(len(rollouts.texts))[-group_size:])
+    last = rollouts[-group_size:]
     changed, entropies = [], []
     for rows in micro_batches(last, token_budget):
         part = last.select(rows)

@@ -1,15 +1,13 @@
 """Makes the rows of samples.jsonl: what a reader wants to see of a completion."""
 
-import torch
 
+def samples_of_step(step, tokenizer, rollouts, new_logps, metrics):
+    """Returns the rows of samples.jsonl of a step, and those of skipped.jsonl: all, if an update was skipped, or none.
 
-def keep_samples(trainer, step, rollouts, metrics):
-    """Keeps what samples.jsonl shows of a step, and after a skipped update all completions for skipped.jsonl."""
-    count = trainer.constants.SAMPLE_GROUPS * trainer.constants.GROUP_SIZE
-    shown = rollouts.select(torch.arange(len(rollouts.texts))[:count])
-    trainer.samples = samples_of(step, trainer.tokenizer, shown, trainer.compute_log_probs(trainer.policy, shown))
-    if metrics["skipped_updates"]:
-        trainer.skipped = samples_of(step, trainer.tokenizer, rollouts, rollouts.old_logps)
+    new_logps: log-probs of the first completions after the step's updates, (n, T). These n are shown.
+    """
+    shown = samples_of(step, tokenizer, rollouts[: len(new_logps)], new_logps)
+    return shown, samples_of(step, tokenizer, rollouts, rollouts.old_logps) if metrics["skipped_updates"] else []
 
 
 def samples_of(step, tokenizer, rollouts, new_logps):

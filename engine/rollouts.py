@@ -49,6 +49,10 @@ class Rollouts:
 
         return self.of({name: chosen(values) for name, values in vars(self).items()})
 
+    def __getitem__(self, part):
+        """Returns a slice of the completions, such as rollouts[-8:]."""
+        return self.select(torch.arange(len(self.texts))[part])
+
     def to(self, device):
         """Returns the same completions with all tensors on a device."""
         moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in vars(self).items()}

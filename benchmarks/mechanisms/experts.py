@@ -21,6 +21,7 @@ import torch
 from common import figure_of, gspo, parse, save, scored_rollouts, spread, trainer_of
 
 from bookkeeping.metrics import routing_metrics
+from configs import PRESETS
 
 QUANTITIES = ("std of log r", "std of log s", "std of log r, another router")
 
@@ -51,8 +52,8 @@ def main():
     changed, found = [], {quantity: {"": [], "r3": []} for quantity in QUANTITIES}
     for seed in range(arguments.seeds):
         settings = {"SEED": seed, "BATCH_SIZE": arguments.prompts, "REWARDS": "exact_match", "KL_COEF": 0.0}
-        settings |= {"POLICY_MODEL": arguments.model, "WARMUP_STEPS": 0, "LR_SCHEDULE": "constant"}
-        trainer = trainer_of(gspo, **settings, ROUTING_REPLAY="")
+        settings |= {"WARMUP_STEPS": 0, "LR_SCHEDULE": "constant", "LEARNING_RATE": PRESETS["moe"]["LEARNING_RATE"]}
+        trainer = trainer_of(gspo, **settings, POLICY_MODEL=arguments.model, ROUTING_REPLAY="")
         rows = gspo.prompts_of_step(trainer.train_rows, 1, arguments.prompts, gspo.generator_of)
         with other_routers(trainer.policy, 0.1, seed):
             others = trainer.sample(rows, gspo.GROUP_SIZE, ("other routers",))
