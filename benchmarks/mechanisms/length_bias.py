@@ -6,9 +6,9 @@
 grpo.py trains on the embedded task, rewarded by the rule, without a KL, with each LOSS_AGGREGATION and with 4 and 16
 prompts in a step, whole groups in a mini-batch. group_mean is a mean over the tokens of each group, and over the groups
 (DAPO's eq. 8 as it is printed): token_mean, with each advantage times the mean tokens of a group over those of its own.
-A mean over each completion's tokens gives the tokens of a long wrong completion less weight than
-those of a short one, so that wrong completions may grow (Dr. GRPO, arXiv 2503.20783). It prints the mean length of
-right and of wrong completions in the first and the last fifth of the steps. It draws docs/mechanisms/length_bias.png.
+A mean over each completion's tokens gives the tokens of a long wrong completion less weight than those of a short one,
+so that wrong completions may grow (Dr. GRPO, arXiv 2503.20783). It prints the mean length of right and of wrong
+completions in the first and the last fifth of the steps. It draws docs/mechanisms/length_bias.png.
 """
 
 import torch
