@@ -59,6 +59,8 @@ def main():
         axis.fill_between(WIDTHS, *(list(map(one, columns)) for one in (min, max)), color=line.get_color(), alpha=0.15)
         axis.plot(statistics.mean(widths), statistics.mean(found), "*", ms=15, color=line.get_color())
     axis.set(xlabel="clip over the log ratio's standard deviation", ylabel="share of tokens without a gradient")
+    axis.set(xticks=WIDTHS, xticklabels=WIDTHS)
+    axis.minorticks_off()
     axis.set_title("Stars: the clips as shipped")
     axis.legend()
     save(figure, arguments.pictures, "clip_share")

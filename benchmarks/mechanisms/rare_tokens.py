@@ -52,7 +52,10 @@ def main():
     figure, (axis,) = figure_of(1)
     labels = [f"{low:g} to {high:g}" for low, high in zip(EDGES.tolist(), EDGES[1:].tolist(), strict=False)]
     for script, name in NAMES.items():
-        axis.plot(labels, torch.tensor(curves[script]).nanmean(0), "o-", label=name)
+        values = torch.tensor(curves[script])
+        (line,) = axis.plot(labels, values.nanmean(0), "o-", label=name)
+        ends = values.nan_to_num(torch.inf).amin(0), values.nan_to_num(-torch.inf).amax(0)
+        axis.fill_between(labels, *ends, color=line.get_color(), alpha=0.15)
     axis.tick_params(axis="x", rotation=45)
     axis.set(xlabel="π / π_old of the token", ylabel="share of tokens with a gradient", ylim=(-0.03, 1.03))
     axis.legend()

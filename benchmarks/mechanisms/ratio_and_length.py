@@ -55,6 +55,7 @@ def main():
         expected = [means[0] * (length / LENGTHS[0]) ** independent for length in LENGTHS]
         axis.loglog(LENGTHS, expected, ":", color=line.get_color())
     axis.set(xlabel="tokens, L", ylabel="standard deviation over completions", xticks=LENGTHS, xticklabels=LENGTHS)
+    axis.minorticks_off()
     axis.set_title("Dotted: what independent tokens would give")
     axis.legend()
     save(figure, arguments.pictures, "ratio_and_length")

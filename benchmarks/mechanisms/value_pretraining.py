@@ -57,7 +57,7 @@ def main():
         print(f"| {name} | " + " | ".join(spread(column.tolist()) for column in columns) + " |")
         draw_seeds(left, variances, name)
         right.plot(range(1, FIFTHS + 1), biases.mean(0), "o-", label=name)
-    left.set(title="Explained variance of the returns", xlabel="training steps of the policy", ylim=(-1, 1))
+    left.set(title="Explained variance of the returns", xlabel="training steps of the policy", ylim=(-0.3, 0.5))
     right.set(title="Bias of the values", xlabel="fifth of a completion's tokens", ylabel="mean of value − outcome")
     left.legend()
     save(figure, arguments.pictures, "value_pretraining")
