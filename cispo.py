@@ -400,7 +400,7 @@ class CISPOTrainer:
     def compute_log_probs(self, model, rollouts, purpose="log-probs"):
         """Log-probs of all completions under a model: (B, T) on its device."""
         logps_of = functools.partial(in_micro_batches, rollouts, lambda part: completion_logps(model, part)[0])
-        return self.fit_to_memory(purpose, MICRO_BATCH_TOKENS, logps_of).to(model.device)  # if there are none, too
+        return self.fit_to_memory(purpose, MICRO_BATCH_TOKENS, logps_of).to(model.device)  # even if there are none
 
     def compute_ref_logps(self, rollouts):
         """log π_ref, (B, T): of the reference model, or of the policy without its adapter; None without a KL term."""
