@@ -166,11 +166,11 @@ def critic_lines(trainer, constants, rollouts, tolerance):
 
 
 def moved_line(title, trained, before, optimizer):
-    """Returns the line about the weights that a step moved, of those with a gradient."""
+    """Returns the line about the weights that a step moved, of those that AdamW's average of gradients asks to move."""
     asked, moved, still = 0, 0, []
     for name, parameter in trained.items():
         old = before[name]
-        gradient = torch.zeros_like(old) if parameter.grad is None else parameter.grad
+        gradient = optimizer.state.get(parameter, {}).get("exp_avg", torch.zeros_like(old))
         counted = gradient.abs() > optimizer.defaults["eps"]  # a smaller one should hardly move its weight
         changed = (parameter.detach() != old) & counted
         asked, moved = asked + int(counted.sum()), moved + int(changed.sum())

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -279,7 +280,14 @@ def attention_of_rows(module, query, key, value, attention_mask, sliding_window=
         distance = place[:, None] - of_key  # (queries, keys)
         near = (distance >= 0) & (distance < window)
         attention_mask = near[None, None] if attention_mask is None else attention_mask & near
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    if query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    # With a mask, transformers repeats keys and values that several heads share. The kernel for CPUs reads them once.
+    causal, scale = attention_mask is None and queries > 1, options.get("scaling")
+    outputs = scaled_dot_product_attention(
+        query, key, value, attention_mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
+    return outputs.transpose(1, 2)
 
 
 AttentionInterface.register(NAME, attention)

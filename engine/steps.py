@@ -45,4 +45,5 @@ def take_step(optimizer, max_norm, losses):
     finite = torch.stack([norm, *losses.values()]).isfinite().all()
     if finite:
         optimizer.step()
+    optimizer.zero_grad()  # frees the gradients, because sampling needs memory too
     return torch.where(finite, norm, math.nan)

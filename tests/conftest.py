@@ -106,6 +106,16 @@ def trainer_of(script):
     return getattr(script, f"{script.__name__.upper()}Trainer")()
 
 
+def keep_weights(trainer):
+    """Lets optimizer steps keep the weights, and put the gradients, by name, into trainer.gradients."""
+
+    def step():
+        named = trainer.policy.named_parameters()
+        trainer.gradients = {name: weight.grad.clone() for name, weight in named if weight.requires_grad}
+
+    trainer.optimizer.step = step
+
+
 class Forked(multiprocessing.get_context("fork").Process):
     """Runs work() in a process that is forked from this one.
 

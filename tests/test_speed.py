@@ -10,9 +10,10 @@ import weakref
 
 import pytest
 import torch
-from conftest import trainer_of
+from conftest import keep_weights, trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import configs
 import gspo
@@ -90,12 +91,50 @@ def test_whole_groups_stay_in_one_mini_batch_and_read_their_prompt_once(small_sc
     assert passes.tokens(True) == once + sum(int((batch.completion_lengths - 1).sum()) for batch in batches)
 
 
+def test_between_steps_gradients_take_no_memory(small_script):
+    trainer = trainer_of(small_script)
+    trainer.train()
+    models = [trainer.policy, *(beside.model for beside in trainer.beside.values())]
+    assert all(parameter.grad is None for model in models for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_on_a_cpu_does_not_repeat_the_keys_that_heads_share(window):
+    """What it keeps for the backward pass is as large as queries, keys, values, output and mask, and no more."""
+    group = torch.nn.Module()
+    group.num_key_value_groups = 4
+    generator, found = torch.Generator().manual_seed(0), []
+    states = [torch.randn(2, heads, n, 16, generator=generator) for heads, n in ((8, 6), (2, 40), (2, 40))]
+    place, of_key = torch.arange(34, 40)[:, None], torch.arange(40)
+    mask = (of_key <= place) & (of_key > place - (window or 40))
+    sizes = {}
+
+    def saved(x):
+        sizes[x.data_ptr()] = x.numel()
+        return x
+
+    for ours in (True, False):
+        inputs = [x.clone().requires_grad_() for x in states]
+        sizes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x):
+            if ours:
+                output = packing.attention_of_rows(group, *inputs, None, sliding_window=window)
+            else:
+                output = sdpa_attention_forward(group, *inputs, mask[None, None])[0]
+        output.square().sum().backward()
+        found.append([output.detach(), *(x.grad for x in inputs), sum(sizes.values())])
+    *results, numbers = found[0]
+    for one, other in zip(results, found[1], strict=False):
+        torch.testing.assert_close(one, other)
+    assert numbers < sum(x.numel() for x in states) + 2 * output.numel() + 2 * mask.numel() < found[1][-1]
+
+
 def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_script):
     script = small_script
     script.KL_COEF, script.ENTROPY_COEF, script.MAX_GRAD_NORM = 0.0, 0.0, 1e9
     trainer = trainer_of(script)
     trainer.all_move = False  # as it is without a critic
-    trainer.optimizer.step = lambda: None
+    keep_weights(trainer)
     rollouts = trainer.generate_responses_with_group_sampling(1)
     old_logps, advantages = rollouts.sampled_logps + 0.05, torch.zeros(len(rollouts.texts))
     advantages[4:8] = torch.tensor([1.0, -1.0, 0.5, -0.5])  # one of four groups
@@ -103,11 +142,10 @@ def test_completions_that_cannot_move_anything_stay_out_of_the_update(small_scri
     rollouts.old_logps, rollouts.advantages = old_logps, advantages
     stats = trainer.update(rollouts)
     assert passes.tokens(True) == int((rollouts.lengths[4:8] - 1).sum())
-    found = [parameter.grad.clone() for parameter in trainer.trained]
     logps, _ = script.completion_logps(trainer.policy, rollouts)  # all of them, dead or not
     loss, _ = script.compute_policy_loss(logps, old_logps, advantages, rollouts.completion_mask)
     torch.testing.assert_close(stats["policy_loss"], loss.detach(), rtol=1e-4, atol=1e-6)
-    for one, other in zip(found, torch.autograd.grad(loss, trainer.trained), strict=True):
+    for one, other in zip(trainer.gradients.values(), torch.autograd.grad(loss, trainer.trained), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
     script.ENTROPY_COEF, trainer.all_move = 1e-9, True  # all completions go through the model
     again = trainer.update(rollouts)
