@@ -96,7 +96,7 @@ def works_of(workload):
         with contextlib.redirect_stdout(sys.stderr):  # keeps it out of the table
             trainer = grpo.GRPOTrainer()
     rollouts = trainer.generate_responses_with_group_sampling(1)
-    rollouts.ref_logps, rollouts.old_logps = trainer.compute_ref_logps(rollouts), trainer.compute_old_logps(rollouts)
+    rollouts.ref_logps, rollouts.old_logps = trainer.compute_ref_logps(rollouts), rollouts.sampled_logps.clone()
     rollouts.advantages = torch.randn(len(rollouts.texts), generator=grpo.generator_of("parts")).to(
         trainer.policy_device
     )
