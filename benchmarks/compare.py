@@ -9,7 +9,8 @@
 It prints accuracy after N completions: mean and standard deviation over the seeds, interpolated between evaluations. It
 prints which differences exceed the spread over the seeds, so that the two ranges do not overlap. It prints how many
 seeds end at 0.90 or above, or at --least, sampled and greedy. It draws docs/comparison.png: mean and range over the
-seeds, against completions and against the seconds of the training steps, without evaluation.
+seeds, against completions and against the seconds of the training steps, without evaluation. --no-seconds leaves the
+seconds out, if the runs in a folder come from several machines.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def chance(first, second):
     return apart / len(splits)
 
 
-def print_tables(curves, budgets, least):
+def print_tables(curves, budgets, least, seconds):
     for kind, how in KINDS.items():
         print(f"\nHeld-out accuracy, {how}, after N sampled completions\n")
         print("| script | " + " | ".join(f"N = {n}" for n in budgets) + " |\n|---|" + "---|" * len(budgets))
@@ -86,24 +87,25 @@ def print_tables(curves, budgets, least):
     print(f"\n{len(pairs) * len(columns)} comparisons: that many times p is how often chance alone would do as much")
     print("\nWhole runs\n")
     ends = f"sampled at the end | greedy at the end | seeds at {least:.2f}, both"
-    print(f"| script | completions | {ends} | seconds of the steps |\n|---|---|---|---|---|---|")
+    head = f"| script | completions | {ends} |" + seconds * " seconds of the steps |"
+    print(f"{head}\n" + "|---" * (head.count("|") - 1) + "|")
     for script, runs in curves.items():
         ends = {kind: [curve.accuracy[kind][-1] for curve in runs] for kind in KINDS}
         reached = sum(min(pair) >= least for pair in zip(*ends.values(), strict=True))
         completions = sorted({int(curve.completions[-1]) for curve in runs})
         span = " to ".join(str(n) for n in sorted({completions[0], completions[-1]}))
         cells = [f"{min(values):.3f} to {max(values):.3f}" for values in ends.values()]
-        seconds = statistics.median(curve.seconds[-1] for curve in runs)
-        print(f"| {script} | {span} | {cells[0]} | {cells[1]} | {reached} of {len(runs)} | {seconds:.0f} |")
+        cells += [f"{reached} of {len(runs)}"]
+        cells += [f"{statistics.median(curve.seconds[-1] for curve in runs):.0f}"] * seconds
+        print(f"| {script} | {span} | " + " | ".join(cells) + " |")
 
 
-def draw(curves, least, path):
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    panels = figure.subplots(2, 2)
-    for row, kind in enumerate(KINDS):
-        for column, (name, label) in enumerate(
-            (("completions", "completions sampled"), ("seconds", "seconds of training steps"))
-        ):
+def draw(curves, least, path, seconds):
+    against = {"completions": "completions sampled"} | ({"seconds": "seconds of training steps"} if seconds else {})
+    figure = Figure(figsize=(12, 4.5 * len(against)), layout="constrained")
+    panels = figure.subplots(len(against), 2, squeeze=False)
+    for column, kind in enumerate(KINDS):
+        for row, (name, label) in enumerate(against.items()):
             axis = panels[row][column]
             for script, runs in curves.items():
                 grid = np.linspace(0, min(getattr(curve, name)[-1] for curve in runs), 200)
@@ -128,6 +130,7 @@ def main():
     parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of the scripts, in one string")
     parser.add_argument("--budgets", type=int, nargs="+", default=(2560, 5120, 10240), help="completions")
     parser.add_argument("--least", type=float, default=0.90, help="accuracy to count the seeds that end above it")
+    parser.add_argument("--no-seconds", action="store_true", help="no seconds of the runs")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "comparison.png")
     parser.add_argument("--runs", type=Path, help="folder of the runs, for these flags alone")
     arguments = parser.parse_args()
@@ -143,8 +146,8 @@ def main():
                 ends = ", ".join(f"{curve.accuracy[kind][-1]:.3f} {how}" for kind, how in KINDS.items())
                 seconds = f"{curve.seconds[-1]:.0f} s"
                 print(f"{script}, seed {seed}: {curve.completions[-1]} completions, {ends}, {seconds}", flush=True)
-    print_tables(curves, arguments.budgets, arguments.least)
-    draw(curves, arguments.least, arguments.picture)
+    print_tables(curves, arguments.budgets, arguments.least, not arguments.no_seconds)
+    draw(curves, arguments.least, arguments.picture, not arguments.no_seconds)
     print(f"\n{arguments.picture}")
 
 
