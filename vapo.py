@@ -99,7 +99,7 @@ GROUP_SIZE = 16  # completions per prompt; no baseline is made of them
 BATCH_SIZE = 8  # prompts per training step
 MAX_PROMPT_TOKENS = 0  # tokens; longer prompts are left out; 0 is what the model's context leaves
 MAX_COMPLETION_TOKENS = 64  # tokens; a completion without an end by then is truncated
-SAMPLED_AT_ONCE = 0  # completions; fewer need less memory for keys and values; 0 samples a step's all together
+SAMPLED_AT_ONCE = 0  # completions; fewer need less memory for keys and values; 0 is as many as it has room for
 TEMPERATURE = 1.0  # divides the logits, in sampling and in all log-probs alike
 TOP_P = 1.0  # nucleus sampling; below 1 the ratio is biased, because log-probs are of the full distribution
 
@@ -358,8 +358,7 @@ class VAPOTrainer:
         self.policy, self.adapter, self.reference = inputs.policy, inputs.adapter, inputs.reference
 
         self.fit_to_memory = FitToMemory()
-        at_once = SAMPLED_AT_ONCE or BATCH_SIZE * GROUP_SIZE
-        self.sampler = Sampler(self.policy, self.tokenizer, self.eos_ids, at_once, self.fit_to_memory)
+        self.sampler = Sampler(self.policy, self.tokenizer, self.eos_ids, SAMPLED_AT_ONCE, self.fit_to_memory)
         self.all_move = True  # a critic gives each token an advantage
         self.on_policy = False  # whether a step has a single update, in which π is π_old
         self.worker = worker_beside(self.policy_device, self.devices.values())

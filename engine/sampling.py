@@ -5,6 +5,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.cache import GrowingCache, with_cache
 from engine.decoding import decoder_of
+from engine.memory import completions_in_memory
 from engine.packing import common_start
 from engine.precision import autocast
 from engine.rollouts import Rollouts
@@ -15,8 +16,8 @@ from engine.vocabulary import head_of, invert_cumulative
 class Sampler:
     """Samples completions from a policy, as many at once as memory holds.
 
-    eos_ids: the tokens that end a completion. at_once: the most completions to sample together. fit_to_memory: a
-    FitToMemory.
+    eos_ids: the tokens that end a completion. at_once: the most completions to sample together, or 0 for as many as
+    there is free memory for. fit_to_memory: a FitToMemory.
     """
 
     def __init__(self, policy, tokenizer, eos_ids, at_once, fit_to_memory):
@@ -53,7 +54,9 @@ class Sampler:
                     parts.append(self.sample_together(*part, temperature, top_p, max_tokens))
             return parts[0] if len(parts) == 1 else Rollouts.join(parts)
 
-        return self.fit_to_memory("sampling", self.at_once, sample_in_parts)
+        tokens = max(len(row["prompt_ids"]) for row in rows) + max_tokens
+        at_once = self.at_once or completions_in_memory(self.policy, len(rows) * group_size, tokens)
+        return self.fit_to_memory("sampling", at_once, sample_in_parts)
 
     @torch.no_grad()
     def sample_together(self, rows, group_size, uniform, temperature, top_p, max_tokens):

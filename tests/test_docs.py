@@ -172,12 +172,14 @@ def test_the_sums_of_memory_are_those_of_their_parts():
     assert rows[-3][0] == "update, together" and rows[-1][0] == "sampling, together"
     assert updating == pytest.approx(sum(parts.values()))
     weights, copies = list(parts.values())[:2]
-    assert sampling == pytest.approx(weights + copies + cache) and max(updating, sampling) < 16
+    assert sampling == pytest.approx(weights - 2.4 + copies + cache) and max(updating, sampling) < 16
     assert weights == pytest.approx(596e6 * 16 / 1e9, abs=0.05) and copies == pytest.approx(596e6 * 2 / 1e9, abs=0.05)
     tokens = configs.PRESETS["gsm8k"]["MAX_PROMPT_TOKENS"] + configs.PRESETS["gsm8k"]["MAX_COMPLETION_TOKENS"]
-    assert cache == pytest.approx(
-        configs.PRESETS["gsm8k"]["SAMPLED_AT_ONCE"] * tokens * 28 * 8 * 128 * 4 / 1e9, abs=0.05
-    )
+    of_one = tokens * 28 * 8 * 128 * 4 / 1e9
+    at_once = configs.PRESETS["gsm8k"]["BATCH_SIZE"] * configs.PRESETS["gsm8k"]["GROUP_SIZE"]
+    while at_once * of_one > 0.9 * (16 - weights + 2.4 - copies):
+        at_once //= 2
+    assert cache == pytest.approx(at_once * of_one, abs=0.05)
 
 
 SIXTEEN = "Qwen3-0.6B on 16 GB"

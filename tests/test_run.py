@@ -20,6 +20,7 @@ import plotting
 from bookkeeping import checkpoints, progress
 from bookkeeping import folder as run_folders
 from bookkeeping.run import Run, Trainer
+from engine import memory, sampling
 from inputs import load
 
 METRICS = (
@@ -119,6 +120,21 @@ def test_a_group_sampled_in_parts_for_lack_of_memory_has_the_same_completions(sm
         found = trainer.generate_responses_with_group_sampling(1)
         assert max(sizes) == trainer.sampler.at_once and sum(sizes) == 16
         assert found.texts == expected.texts and found.prompts == expected.prompts
+
+
+def test_as_many_are_sampled_at_once_as_free_memory_has_room_for(small, monkeypatch):
+    trainer, sizes = small.GSPOTrainer(), []
+    rows = trainer.train_rows[:4]
+    tokens = max(len(row["prompt_ids"]) for row in rows) + small.MAX_COMPLETION_TOKENS
+    made = sum(layer.self_attn.k_proj.out_features * 2 for layer in trainer.policy.model.layers)
+    of_one = 4 * made * tokens + 16 * trainer.policy.config.vocab_size  # keys and values, and logits
+    monkeypatch.setattr(trainer.sampler, "sample_together", lambda rows, n, *_: sizes.append(len(rows) * n))
+    monkeypatch.setattr(sampling.Rollouts, "join", lambda parts: parts)
+    for room, at_once in ((17, 16), (15, 8), (7, 4), (0.1, 1)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, room=room: room * of_one / 0.9)
+        sizes.clear()
+        trainer.sample(rows, 4, ("test",))
+        assert set(sizes) == {at_once} and sum(sizes) == 16
 
 
 def test_scores_of_evaluations_do_not_pile_up(small):
