@@ -8,7 +8,7 @@ prompts in a step, whole groups in a mini-batch. group_mean is a mean over the t
 (DAPO's eq. 8 as it is printed): token_mean, with each advantage times the mean tokens of a group over those of its own.
 A mean over each completion's tokens gives the tokens of a long wrong completion less weight than those of a short one,
 so that wrong completions may grow (Dr. GRPO, arXiv 2503.20783). It prints the mean length of right and of wrong
-completions in the first and the last fifth of the steps. It draws docs/mechanisms/length_bias.png.
+completions in the first and the last fifth of the steps. It draws docs/mechanisms/length_bias.png: the last fifth.
 """
 
 import torch
@@ -44,6 +44,16 @@ def run(seed, steps, way, prompts):
     return torch.tensor(rows)
 
 
+def draw(axis, prompts, ends):
+    """Draws the lengths at the end. ends: {way: ((mean, deviation) of right completions, the same of wrong ones)}."""
+    for column, (kind, marker) in enumerate((("right", "o"), ("wrong", "x"))):
+        means, deviations = zip(*(columns[column] for columns in ends.values()), strict=True)
+        places = [number + 0.1 * column for number in range(len(ends))]
+        axis.errorbar(places, means, deviations, fmt=marker, capsize=4, label=f"{kind} completions")
+    axis.set_xticks(range(len(ends)), ends)
+    axis.set(title=f"{prompts} prompts in a step", ylabel="mean tokens in the last fifth of the steps")
+
+
 def main():
     arguments = parse(__doc__, seeds=3, steps=40)
     last = max(1, arguments.steps // 5)
@@ -51,17 +61,15 @@ def main():
     print("|---|---|---|---|---|---|")
     figure, axes = figure_of(len(BATCHES))
     for axis, prompts in zip(axes, BATCHES, strict=True):
-        for number, way in enumerate(WAYS):
+        ends = {}
+        for way in WAYS:
             runs = torch.stack([run(seed, arguments.steps, way, prompts) for seed in range(arguments.seeds)])
-            cells = []
-            for column in range(2):
-                cells += [spread(runs[:, :last, column].nanmean(1).tolist(), 1)]
-                cells += [spread(runs[:, -last:, column].nanmean(1).tolist(), 1)]
-            print(f"| {way}, {prompts} | {prompts} | " + " | ".join(cells) + " |")
-            for column, style, kind in ((0, "-", "right"), (1, "--", "wrong")):
-                means = runs[:, :, column].nanmean(0)
-                axis.plot(means, style, color=f"C{number}", label=f"{way}, {kind}")
-        axis.set(title=f"{prompts} prompts in a step", xlabel="training step", ylabel="tokens")
+            at_first, at_the_end = runs[:, :last].nanmean(1), runs[:, -last:].nanmean(1)  # (seeds, 2)
+            columns = [part[:, column].tolist() for column in range(2) for part in (at_first, at_the_end)]
+            print(f"| {way}, {prompts} | {prompts} | " + " | ".join(spread(values, 1) for values in columns) + " |")
+            deviations = at_the_end.std(0) if arguments.seeds > 1 else torch.zeros(2)
+            ends[way] = list(zip(at_the_end.mean(0).tolist(), deviations.tolist(), strict=True))
+        draw(axis, prompts, ends)
     axes[0].legend()
     save(figure, arguments.pictures, "length_bias")
 
