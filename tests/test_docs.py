@@ -71,6 +71,7 @@ def test_every_flag_named_exists(page):
         "benchmarks/against_trl",
         "benchmarks/rollouts",
         "benchmarks/parts",
+        "benchmarks/floor",
         "benchmarks/scaling",
         "data/make_arithmetic",
     ]:
