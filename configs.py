@@ -434,6 +434,7 @@ RULES = {
     "ROUTING_REPLAY": (str, ("", "r2", "r3"), None),
     "POLICY_DTYPE": (str, ("float32", "bfloat16"), None),
     "FROZEN_DTYPE": (str, ("auto", "float32", "bfloat16"), None),
+    "COMPUTE_DTYPE": (str, ("auto", "float32", "bfloat16"), None),
     "STEP_SEPARATOR": (str, lambda v: True, ""),
     "PRESET": (str, lambda v: True, ""),
     "PROMPTS_CONFIG": (str, lambda v: True, ""),

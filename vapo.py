@@ -49,7 +49,7 @@ from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
 from engine.rollouts import Rollouts, in_places, last_tokens
 from engine.routing import load_balancing_loss
-from engine.sampling import Sampler
+from engine.sampling import load_sampler
 from engine.steps import learning_rate_at, split_at_random, take_step
 from engine.vocabulary import token_logps
 from engine.workers import LazyWorker, worker_beside
@@ -64,6 +64,7 @@ from scoring.load import check_reward_names, load_rewards
 POLICY_MODEL = "data/models/arithmetic-policy"  # folder or Hub id of the model to train
 POLICY_REVISION = "main"  # branch, tag or commit of a Hub id
 POLICY_DTYPE = "float32"  # of the weights that train; "bfloat16" halves them, and swallows most updates below 1e-5
+COMPUTE_DTYPE = "auto"  # of matrix products; "auto" is bfloat16 on a GPU and float32 elsewhere; docs/numerics.md
 EXPERTS = "eager"  # how a mixture computes its experts; "grouped_mm" is faster on a GPU, and repeats no run to the bit
 REWARD_MODEL = "data/models/arithmetic-reward"  # folder or Hub id of a sequence classifier with one logit
 REWARD_REVISION = "main"  # branch, tag or commit of a Hub id
@@ -320,7 +321,7 @@ def completion_values(critic, rollouts, after=0):
 
     It is read at the token before, so the first one at the prompt's last token. after = 1: V of the text after each.
     """
-    with autocast(critic.device):
+    with autocast(critic.device, COMPUTE_DTYPE):
         hidden = states_before_tokens(critic, rollouts, after)  # (tokens, H)
     values = torch.nn.functional.linear(hidden.float(), critic.score.weight.float(), critic.score.bias.float())
     return in_places(values[:, 0], rollouts.completion_mask)
@@ -333,7 +334,7 @@ def completion_logps(model, rollouts, with_entropy=False):
     packed, without padding. The head is applied to completion positions alone, LOGITS_AT_ONCE at a time.
     """
     head, targets = model.get_output_embeddings(), rollouts.completion_ids.to(model.device)  # (tokens,)
-    with autocast(model.device):
+    with autocast(model.device, COMPUTE_DTYPE):
         hidden = states_before_tokens(model, rollouts, replay=ROUTING_REPLAY != "") / TEMPERATURE  # (tokens, H)
         values = token_logps(hidden, targets, head, with_entropy, LOGITS_AT_ONCE)
     logps, entropy = (in_places(value, rollouts.completion_mask) for value in values)
@@ -358,7 +359,7 @@ class VAPOTrainer:
         self.policy, self.adapter, self.reference = inputs.policy, inputs.adapter, inputs.reference
 
         self.fit_to_memory = FitToMemory()
-        self.sampler = Sampler(self.policy, self.tokenizer, self.eos_ids, SAMPLED_AT_ONCE, self.fit_to_memory)
+        self.sampler = load_sampler(self.constants, inputs, self.fit_to_memory)
         self.all_move = True  # a critic gives each token an advantage
         self.on_policy = False  # whether a step has a single update, in which π is π_old
         self.worker = worker_beside(self.policy_device, self.devices.values())

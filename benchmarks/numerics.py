@@ -27,21 +27,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import configs
-from engine import packing, sampling, vocabulary
+from engine import packing, vocabulary
 
 PAPER = 3e-4, 4e-4
 
 
-def precision(script, bfloat16, rounded):
-    """Returns a context in which products take bfloat16 or float32, and the head's logits may be rounded."""
-    stack, logits_of = contextlib.ExitStack(), vocabulary.logits_of
-    for module in (script, sampling):
-        autocast = lambda device: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)  # noqa: E731
-        stack.enter_context(mock.patch.object(module, "autocast", autocast))
-    if rounded:
-        rounding = lambda *a: logits_of(*a).bfloat16().float()  # noqa: E731
-        stack.enter_context(mock.patch.object(vocabulary, "logits_of", rounding))
-    return stack
+def precision(script, trainer, dtype, rounded):
+    """Lets products take a dtype, by its name. Returns a context in which the head's logits may be rounded."""
+    script.COMPUTE_DTYPE = trainer.sampler.compute_dtype = dtype
+    logits_of = vocabulary.logits_of
+    rounding = lambda *a: logits_of(*a).bfloat16().float()  # noqa: E731
+    return mock.patch.object(vocabulary, "logits_of", rounding) if rounded else contextlib.nullcontext()
 
 
 def in_updates(trainer, script, rollouts, grad):
@@ -83,8 +79,8 @@ def main():
         "| products | logits | π_old from | σ of a token | greatest | outside 0.9–1.1 | σ of log s | cut: paper | own |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for bfloat16, rounded in ((True, True), (True, False), (False, False)):
-        with precision(script, bfloat16, rounded):
+    for dtype, rounded in (("bfloat16", True), ("bfloat16", False), ("float32", False)):
+        with precision(script, trainer, dtype, rounded):
             rows = script.prompts_of_step(trainer.train_rows, 1, script.BATCH_SIZE, script.generator_of)
             rollouts = trainer.sample(rows, script.GROUP_SIZE, ("rollout", 1))
             logps, mask = in_updates(trainer, script, rollouts, grad=True), rollouts.completion_mask
@@ -93,7 +89,7 @@ def main():
                 "other batches": trainer.compute_log_probs(trainer.policy, rollouts).cpu(),
                 "the updates' batches": in_updates(trainer, script, rollouts, grad=False),
             }
-        kinds = "bfloat16" if bfloat16 else "float32", "bfloat16" if rounded else "float32"
+        kinds = dtype, "bfloat16" if rounded else "float32"
         for place, old_logps in places.items():
             spread, most, outside, of_sequences, paper, own = noise(script, logps, old_logps, mask)
             print(

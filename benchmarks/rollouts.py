@@ -2,7 +2,7 @@
 
     python benchmarks/rollouts.py                          embedded and longtail
     python benchmarks/rollouts.py longtail --rounds 3
-    python benchmarks/rollouts.py smollm2 --vllm float32 bfloat16        vLLM too
+    python benchmarks/rollouts.py smollm2 --dtypes float32 bfloat16 --vllm        vLLM too, each in both dtypes
 
 All ways have the same policy, prompts and group size, sample from the whole distribution, and use a key/value cache.
 The batch of generate() holds each prompt GROUP_SIZE times, padded on the left, as TRL's trainer calls it. "One by one"
@@ -63,7 +63,7 @@ def generate(trainer, rows, step):
     batch = trainer.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(
         trainer.policy.device
     )
-    with grpo.autocast(trainer.policy.device):
+    with grpo.autocast(trainer.policy.device, grpo.COMPUTE_DTYPE):
         output = trainer.policy.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -127,16 +127,28 @@ def one_by_one(trainer, rows, step):
     return [generate(trainer, [row], 1000 * step + i)[0] for i, row in enumerate(chosen)]
 
 
-WAYS = {"grpo.py": ours, "generate(), in a batch": in_a_batch, "generate(), one by one": one_by_one}
+GENERATE = {"generate() in a batch": in_a_batch, "generate() one by one": one_by_one}
 
 
-def measure(workload, rounds, vllm):
+def in_dtype(dtype, way):
+    """Returns the way, with our sampler's products in a dtype."""
+
+    def sample(trainer, rows, step):
+        grpo.COMPUTE_DTYPE = trainer.sampler.compute_dtype = dtype
+        return way(trainer, rows, step)
+
+    return sample
+
+
+def measure(workload, rounds, dtypes, vllm):
     """Returns seconds and the sizes_of completions per way and round, and the trainer."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
         set_constants(workload, folder, rounds + 1)
         trainer = grpo.GRPOTrainer()
-        ways = WAYS | {f"vLLM, {dtype}": VLLM(trainer, dtype) for dtype in vllm}
+        ways = {f"grpo.py, {dtype}": in_dtype(dtype, ours) for dtype in dtypes}
+        ways |= {f"{name}, {dtypes[0]}": in_dtype(dtypes[0], way) for name, way in GENERATE.items()}
+        ways |= {f"vLLM, {dtype}": VLLM(trainer, dtype) for dtype in dtypes if vllm}
         found = {name: [] for name in ways}
         for step in range(rounds + 1):
             rows = grpo.prompts_of_step(trainer.train_rows, step + 1, grpo.BATCH_SIZE, grpo.generator_of)
@@ -153,13 +165,14 @@ def measure(workload, rounds, vllm):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--vllm", nargs="+", default=[], metavar="DTYPE", help="compare vLLM in these dtypes, too")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="of products; generate() has the first alone")
+    parser.add_argument("--vllm", action="store_true", help="compare vLLM, too")
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     arguments = parse_with_workloads(parser)
     if arguments.serve:
         return serve(**arguments.serve)
     for workload in arguments.workloads:
-        found, trainer = measure(workload, arguments.rounds, arguments.vllm)
+        found, trainer = measure(workload, arguments.rounds, arguments.dtypes, arguments.vllm)
         device, speeds = trainer.policy.device.type, {}
         peak, bandwidth = peak_flops(device), peak_bandwidth(device)
         print(f"\n{workload}, {arguments.rounds} rounds of {grpo.BATCH_SIZE} x {grpo.GROUP_SIZE} completions\n")
@@ -168,7 +181,7 @@ def main():
         for name, rounds in found.items():
             seconds, lengths = [s for s, _ in rounds], [[t for *_, t in sizes] for _, sizes in rounds]
             speeds[name] = [sum(one) / s for one, s in zip(lengths, seconds, strict=True)]
-            single = name == "generate(), one by one"
+            single = name.startswith("generate() one by one")
             batches = [batch for _, sizes in rounds for batch in ([[one] for one in sizes] if single else [sizes])]
             done = sum(flops_of_pass(trainer.policy, batch) for batch in batches)
             read = sum(bytes_of_decoding(trainer.policy, batch) for batch in batches)
@@ -177,10 +190,11 @@ def main():
                 f"| {name} | {statistics.median(seconds):.3f} | {statistics.median(speeds[name]):.0f} "
                 f"| {share:.2f} | {done / sum(seconds) / peak:.2%} | {read / sum(seconds) / bandwidth:.1%} |"
             )
-        for name in list(found)[1:]:
-            ratios = [fast / slow for fast, slow in zip(speeds["grpo.py"], speeds[name], strict=True)]
+        for name in [name for name in found if not name.startswith("grpo.py")]:
+            same = f"grpo.py, {name.split(', ')[1]}"  # in the same dtype
+            ratios = [fast / slow for fast, slow in zip(speeds[same], speeds[name], strict=True)]
             text = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            print(f"\ngrpo.py over {name}, tokens per second, median and range: {text}", end="")
+            print(f"\n{same} over {name}, tokens per second, median and range: {text}", end="")
         print()
 
 

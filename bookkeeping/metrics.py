@@ -58,7 +58,7 @@ def trainer_metrics(trainer, step, rollouts):
     c = trainer.constants
     metrics = {"learning_rate": learning_rate_at(step, c), "kl_coef": trainer.kl_coef}
     metrics |= {"memory_halvings": trainer.fit_to_memory.halvings.total()} | trainer.rewards.report()
-    return metrics | routing_metrics(trainer.policy, rollouts, c.GROUP_SIZE, c.MICRO_BATCH_TOKENS)
+    return metrics | routing_metrics(trainer.policy, rollouts, c.GROUP_SIZE, c.MICRO_BATCH_TOKENS, c.COMPUTE_DTYPE)
 
 
 def sampler_gap(rollouts, logps):
@@ -80,7 +80,7 @@ def sampler_gap(rollouts, logps):
 
 
 @torch.no_grad()
-def routing_metrics(policy, rollouts, group_size, token_budget):
+def routing_metrics(policy, rollouts, group_size, token_budget, compute_dtype):
     """Returns the metrics of a mixture's routers in a step, after its updates; none for a policy that is no mixture.
 
     They are means over the layers, and over the tokens that predict one. routing_changed: the share of (token, layer)
@@ -97,7 +97,7 @@ def routing_metrics(policy, rollouts, group_size, token_budget):
     for rows in micro_batches(last, token_budget):
         part = last.select(rows)
         before, part.experts = experts_of_tokens(part).sort(-1).values, None
-        with autocast(policy.device):
+        with autocast(policy.device, compute_dtype):
             states_before_tokens(policy, part, replay=True)  # the routers choose, because there are no experts to take
         changed.append((experts_of_tokens(part).sort(-1).values != before).any(-1))  # (tokens, layers)
         logps = torch.stack(routing.logits).float().log_softmax(-1)  # (layers, tokens, experts)

@@ -10,6 +10,7 @@ import torch
 
 from bookkeeping.run import Trainer
 from configs import InputError
+from engine.precision import dtype_of_products
 from inputs.libraries import quiet_libraries
 
 TOLERANCES = 1e-3, 0.1  # nats, in float32 and in bfloat16; two ways to compute a log-prob may differ by this much
@@ -52,7 +53,7 @@ class TestedTrainer(Trainer, Protocol):
 def selftest(trainer: TestedTrainer):
     """Prints the table. Raises SystemExit(1) if a line fails. trainer: a new one, because the test changes it."""
     constants, device = trainer.constants, trainer.devices["POLICY_DEVICE"]
-    tolerance = TOLERANCES[device.type == "cuda" or constants.POLICY_DTYPE == "bfloat16"]
+    tolerance = TOLERANCES[dtype_of_products(trainer.policy, constants.COMPUTE_DTYPE) == torch.bfloat16]
     size = min(4, constants.BATCH_SIZE, len(trainer.train_rows))
     rows = trainer.train_rows[:size]
     rollouts = trainer.sample(rows, constants.GROUP_SIZE, ("selftest",))

@@ -37,16 +37,15 @@ class FitToMemory:
             torch.cuda.empty_cache()
 
 
-def completions_in_memory(model, wanted, tokens):
+def completions_in_memory(model, wanted, tokens, width):
     """Returns how many completions there is memory for at once while a model samples: wanted, or a half, a quarter, ...
 
-    tokens: of a prompt and its completion. They need room for their keys and values, and for the logits of one token.
-    Only halves are returned, so that the number stays the same while free memory varies a little.
+    tokens: of a prompt and its completion. They need room for their keys and values, of width bytes each, and for the
+    logits of one token. Only halves are returned, so that the number stays the same while free memory varies a little.
     """
     config, device = model.config.get_text_config(), model.device
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = 2 if device.type == "cuda" else model.dtype.itemsize  # bytes; autocast on a GPU is to bfloat16
     of_one = 2 * config.num_hidden_layers * heads * size * tokens * width
     of_one += 4 * config.vocab_size * 4  # logits, probabilities and their sums, in float32
     while wanted > 1 and wanted * of_one > 0.9 * free_memory(device):

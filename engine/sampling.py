@@ -7,24 +7,31 @@ from engine.cache import GrowingCache, with_cache
 from engine.decoding import decoder_of
 from engine.memory import completions_in_memory
 from engine.packing import common_start
-from engine.precision import autocast
+from engine.precision import autocast, dtype_of_products
 from engine.rollouts import Rollouts
 from engine.routing import watch
 from engine.vocabulary import head_of, invert_cumulative
+
+
+def load_sampler(c, inputs, fit_to_memory):
+    """Returns a run's Sampler. c: the script's constants. inputs: an Inputs. fit_to_memory: a FitToMemory."""
+    policy = inputs.policy, inputs.tokenizer, inputs.eos_ids
+    return Sampler(*policy, c.SAMPLED_AT_ONCE, c.COMPUTE_DTYPE, fit_to_memory)
 
 
 class Sampler:
     """Samples completions from a policy, as many at once as memory holds.
 
     eos_ids: the tokens that end a completion. at_once: the most completions to sample together, or 0 for as many as
-    there is free memory for. fit_to_memory: a FitToMemory.
+    there is free memory for. compute_dtype: the constant COMPUTE_DTYPE. fit_to_memory: a FitToMemory.
     """
 
-    def __init__(self, policy, tokenizer, eos_ids, at_once, fit_to_memory):
+    def __init__(self, policy, tokenizer, eos_ids, at_once, compute_dtype, fit_to_memory):
         self.policy, self.tokenizer, self.eos_ids = policy, tokenizer, eos_ids
-        self.at_once, self.fit_to_memory = at_once, fit_to_memory
+        self.at_once, self.compute_dtype, self.fit_to_memory = at_once, compute_dtype, fit_to_memory
+        self.dtype = dtype_of_products(policy, compute_dtype)
         # Whether a completion's log-probs are the trainer's, whatever else is in the batch, but for 1e-6.
-        self.exact = policy.device.type == "cpu" and policy.dtype == torch.float32
+        self.exact = policy.device.type == "cpu" and self.dtype == torch.float32
 
     def __call__(
         self,
@@ -55,7 +62,8 @@ class Sampler:
             return parts[0] if len(parts) == 1 else Rollouts.join(parts)
 
         tokens = max(len(row["prompt_ids"]) for row in rows) + max_tokens
-        at_once = self.at_once or completions_in_memory(self.policy, len(rows) * group_size, tokens)
+        wanted, width = len(rows) * group_size, self.dtype.itemsize
+        at_once = self.at_once or completions_in_memory(self.policy, wanted, tokens, width)
         return self.fit_to_memory("sampling", at_once, sample_in_parts)
 
     @torch.no_grad()
@@ -72,7 +80,7 @@ class Sampler:
         place = torch.arange(batch, device=device)  # the completion of each row that is still in the batch
         running = torch.ones(batch, dtype=torch.bool, device=device)
         # This is not the autocast of read_prompts, because each keeps copies of the weights until it ends.
-        with torch.inference_mode(), autocast(device), watch(model) as routing:
+        with torch.inference_mode(), autocast(device, self.compute_dtype), watch(model) as routing:
             decode, head = decoder_of(model), head_of(model)
             for t in range(max_tokens):
                 logits = head(hidden)  # (rows, V)
@@ -127,7 +135,7 @@ class Sampler:
 
         def read(ids, mask, position):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
-            with autocast(device):
+            with autocast(device, self.compute_dtype):
                 hidden = model.base_model(**inputs, **with_cache(model.base_model, cache)).last_hidden_state[:, -1]
             return hidden, routing.take().unflatten(0, ids.shape) if routing else None
 

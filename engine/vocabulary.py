@@ -10,7 +10,7 @@ from torch.nn.functional import linear, pad
 def head_of(model):
     """Returns a model's output head, with its weights as they are now: hidden states (rows, H) -> logits (rows, V)."""
     head = model.get_output_embeddings()
-    weight = as_factor(head.weight, head)
+    weight = widened(as_factor(head.weight, head))
     return lambda hidden: logits_of(as_factor(hidden, head), weight, head.bias)
 
 
@@ -108,14 +108,17 @@ def logits_of(hidden, weight, bias):
     hidden: (tokens, H), and weight: (V, H), as_factor. If they are in bfloat16, their products are exact in float32,
     and are summed there. A sum that is rounded to bfloat16 would be off by up to 0.06 where a logit is 16 or more.
     """
-    if weight.dtype in (torch.float32, torch.float64):
-        return linear(hidden, weight, bias)
     with torch.autocast(weight.device.type, enabled=False):
-        if weight.device.type == "cuda":
-            logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        else:
-            logits = hidden.float() @ weight.float().T
-    return logits if bias is None else logits + bias.float()
+        weight = widened(weight)
+        if weight.dtype in (torch.float32, torch.float64):
+            return linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return logits if bias is None else logits + bias.float()
+
+
+def widened(weight):
+    """Returns the weights in the dtype of a product's sum: float32 on a CPU, which cannot sum bfloat16's there."""
+    return weight.float() if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 else weight
 
 
 def in_block(targets, columns):

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from configs import InputError, check_size
+from engine.precision import dtype_of
 from engine.routing import ROUTERS, Routing, routing_of
 from inputs.chat import encode_prompts
 from inputs.libraries import quiet_libraries
@@ -15,7 +16,6 @@ from inputs.models import (
     check_policy,
     check_rotation,
     end_of_sequence_ids,
-    frozen_dtype,
     load_model,
     load_tokenizer,
     without_dropout,
@@ -131,7 +131,7 @@ def load_policy_and_reference(c, devices, tokenizer):
         reference = Reference(policy, adapter) if has_kl else None
     elif has_kl:
         device = devices["REF_DEVICE"]
-        dtype = frozen_dtype(c.FROZEN_DTYPE, device)
+        dtype = dtype_of(c.FROZEN_DTYPE, device)
         model = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", device, dtype=dtype, **options)
         reference = Reference(model.requires_grad_(False))
     prepare_to_train(c, policy)

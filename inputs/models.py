@@ -179,16 +179,6 @@ def check_vocabulary(model, tokenizer, constant):
         )
 
 
-def frozen_dtype(name, device):
-    """Returns the dtype of a model that is not trained.
-
-    name: of the dtype. "auto" means bfloat16 on a GPU, and float32 elsewhere.
-    """
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
 def without_dropout(model):
     """Returns the model with all dropout set to 0.
 

@@ -7,8 +7,9 @@ import transformers
 
 from configs import InputError
 from engine.packing import batches_of
+from engine.precision import dtype_of
 from inputs.errors import short
-from inputs.models import check_vocabulary, frozen_dtype, load_model, load_tokenizer
+from inputs.models import check_vocabulary, load_model, load_tokenizer
 
 
 def load_reward_model(c, device, policy_tokenizer):
@@ -16,7 +17,7 @@ def load_reward_model(c, device, policy_tokenizer):
     options = {"revision": c.REWARD_REVISION, "trust": c.TRUST_REMOTE_CODE}
     classifiers = transformers.AutoModelForSequenceClassification, transformers.AutoModelForTokenClassification
     classifier = classifiers[not c.USE_SEQUENCE_LEVEL_REWARD]
-    dtype = frozen_dtype(c.FROZEN_DTYPE, device)
+    dtype = dtype_of(c.FROZEN_DTYPE, device)
     model = load_model(classifier, c.REWARD_MODEL, "REWARD_MODEL", device, dtype=dtype, packed=False, **options)
     tokenizer = load_tokenizer(c.REWARD_MODEL, "REWARD_MODEL", **options)
 

@@ -5,23 +5,21 @@ from unittest import mock
 import pytest
 import torch
 
-from bookkeeping import metrics
-from engine import sampling, vocabulary
+from engine import vocabulary
 
 
 @pytest.fixture
-def bfloat16(small_script, monkeypatch):
-    """The arithmetic of a GPU on the CPU: autocast, for the sampler and for all passes of the policy."""
-    for module in (small_script, sampling, metrics):
-        monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+def bfloat16(small_script):
+    """The arithmetic of a GPU on the CPU, for the sampler and for all passes of the policy."""
+    small_script.COMPUTE_DTYPE = "bfloat16"
 
 
-def resting(script, exact, **constants):
+def resting(script, **constants):
     """Returns the metrics of three training steps whose updates leave the weights as they are."""
     vars(script).update({"LOGITS_AT_ONCE": 2**12, "EVAL_EVERY": 0, **constants})
     vars(script).update(dict.fromkeys({"VALUE_PRETRAIN_STEPS", "CRITIC_WARMUP_STEPS"} & set(vars(script)), 0))
     trainer = trainer_class(script)()
-    trainer.sampler.exact, trainer.optimizer.step = exact, lambda: None
+    trainer.optimizer.step = lambda: None
     return [trainer.train_step(step) for step in (1, 2, 3)]
 
 
@@ -42,7 +40,7 @@ SPLITS = [
 
 @pytest.mark.parametrize("constants", SPLITS, ids=["small", "lora", "one_update"])
 def test_without_learning_every_ratio_is_one_in_float32(small_script, constants):
-    for row in resting(small_script, True, **constants):
+    for row in resting(small_script, **constants):
         assert row["updates"] and row["sampler_gap_max"] < 2e-5
         assert 1 - 2e-5 < row["ratio_min"] <= row["ratio_max"] < 1 + 2e-5 and row["clip_fraction"] == 0
 
@@ -50,7 +48,7 @@ def test_without_learning_every_ratio_is_one_in_float32(small_script, constants)
 @pytest.mark.parametrize("constants", SPLITS, ids=["small", "lora", "one_update"])
 def test_without_learning_every_ratio_is_exactly_one_in_bfloat16(small_script, bfloat16, constants):
     """Though the sampler's log-probs are off by more than ten times GSPO's clip."""
-    rows = resting(small_script, False, **constants)
+    rows = resting(small_script, **constants)
     assert max(row["sampler_gap_max"] for row in rows) > 4e-3
     for row in rows:
         assert row["updates"]
@@ -58,7 +56,7 @@ def test_without_learning_every_ratio_is_exactly_one_in_bfloat16(small_script, b
 
 
 def test_a_second_epoch_splits_otherwise_and_has_the_noise_of_other_batches(small_script, bfloat16):
-    rows = resting(small_script, False, MICRO_BATCH_TOKENS=100, MINI_BATCHES=4, **{epochs(small_script): 2})
+    rows = resting(small_script, MICRO_BATCH_TOKENS=100, MINI_BATCHES=4, **{epochs(small_script): 2})
     assert all(row["first_ratio_min"] == row["first_ratio_max"] == 1 for row in rows)
     least, greatest = min(row["ratio_min"] for row in rows), max(row["ratio_max"] for row in rows)
     assert 0.8 < least <= 1 <= greatest < 1.2 and least < greatest
@@ -67,7 +65,7 @@ def test_a_second_epoch_splits_otherwise_and_has_the_noise_of_other_batches(smal
 @pytest.mark.parametrize("replay", ["", "r2", "r3"])
 def test_a_mixtures_first_ratio_is_one_in_bfloat16_whatever_it_replays(small_script, bfloat16, replay):
     constants = {"POLICY_MODEL": "data/models/arithmetic-moe", "BATCH_SIZE": 2, "MAX_COMPLETION_TOKENS": 16}
-    for row in resting(small_script, False, ROUTING_REPLAY=replay, MICRO_BATCH_TOKENS=100, **constants):
+    for row in resting(small_script, ROUTING_REPLAY=replay, MICRO_BATCH_TOKENS=100, **constants):
         assert row["first_ratio_min"] == row["first_ratio_max"] == row["ratio_min"] == row["ratio_max"] == 1
         assert row["routing_changed"] < 0.1
 

@@ -152,7 +152,7 @@ def test_replay_holds_through_the_backward_pass(adapters, checkpointing):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         prepare_to_train(SimpleNamespace(GRADIENT_CHECKPOINTING=checkpointing), model)
         model.train(checkpointing)
-        changed = routing_metrics(model, rollouts, 4, 1000)["routing_changed"]
+        changed = routing_metrics(model, rollouts, 4, 1000, "auto")["routing_changed"]
         logps = logps_of(model, rollouts, "r3")
         loss = logps.sum() + routing.load_balancing_loss(model.routing, rollouts)
         loss.backward()
@@ -230,7 +230,7 @@ def test_the_load_balancing_loss_is_that_of_the_paper_however_a_batch_is_split()
 def test_the_metrics_of_routers_equal_a_count():
     model = mixture("Qwen3Moe")
     rollouts = sample(model, tokens=12)
-    metrics = routing_metrics(model, rollouts, 4, 1000)
+    metrics = routing_metrics(model, rollouts, 4, 1000, "auto")
     assert metrics["routing_changed"] == 0
     busiest, entropies = [], []
     for layer in range(2):
@@ -251,8 +251,8 @@ def test_the_metrics_of_routers_equal_a_count():
     assert metrics["expert_load_max"] == pytest.approx(sum(busiest) / 2)
     assert metrics["router_entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
     rollouts.experts = (rollouts.experts + 1) % 6
-    assert routing_metrics(model, rollouts, 4, 1000)["routing_changed"] > 0.5
-    assert routing_metrics(torch.nn.Linear(1, 1), rollouts, 4, 1000) == {}
+    assert routing_metrics(model, rollouts, 4, 1000, "auto")["routing_changed"] > 0.5
+    assert routing_metrics(torch.nn.Linear(1, 1), rollouts, 4, 1000, "auto") == {}
 
 
 def test_experts_go_with_their_completions(tmp_path):

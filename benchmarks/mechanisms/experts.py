@@ -63,7 +63,7 @@ def main():
         for step in range(1, arguments.steps + 1):
             rollouts = scored_rollouts(trainer, step)
             trainer.update_policy(rollouts, step)
-        metrics = routing_metrics(trainer.policy, rollouts, len(rollouts.texts), gspo.MICRO_BATCH_TOKENS)
+        metrics = routing_metrics(trainer.policy, rollouts, len(rollouts.texts), gspo.MICRO_BATCH_TOKENS, "auto")
         changed.append(metrics["routing_changed"])
         for replay in ("", "r3"):
             for quantity, value in zip(
