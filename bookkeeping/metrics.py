@@ -6,6 +6,7 @@ from math import inf, isfinite
 
 import torch
 
+from engine.correction import correction_metrics
 from engine.packing import micro_batches, states_before_tokens
 from engine.precision import autocast
 from engine.rollouts import last_tokens
@@ -58,6 +59,7 @@ def trainer_metrics(trainer, step, rollouts):
     c = trainer.constants
     metrics = {"learning_rate": learning_rate_at(step, c), "kl_coef": trainer.kl_coef}
     metrics |= {"memory_halvings": trainer.fit_to_memory.halvings.total()} | trainer.rewards.report()
+    metrics |= correction_metrics(rollouts, trainer.sampler.correction)
     return metrics | routing_metrics(trainer.policy, rollouts, c.GROUP_SIZE, c.MICRO_BATCH_TOKENS, c.COMPUTE_DTYPE)
 
 
@@ -106,6 +108,23 @@ def routing_metrics(policy, rollouts, group_size, token_budget, compute_dtype):
         "routing_changed": torch.cat(changed).double().mean().item(),
         "router_entropy": torch.cat(entropies).mean().item(),
         "expert_load_max": (loads.amax(1) * loads.shape[1]).mean().item(),
+    }
+
+
+def drawn_metrics(rollouts, drawn, rewards, dead):
+    """Returns the metrics of dynamic sampling: of all that was drawn for a step's batch, and of the batch.
+
+    drawn: the Rollouts of each round of sampling. rewards: the task's, of all completions drawn. dead: which groups
+    drawn were dead.
+    """
+    return {
+        "sampled_completions": len(rewards),
+        "completion_tokens": sum(int(part.completion_lengths.sum()) for part in drawn),
+        "accuracy": (rewards > 0).double().mean().item(),
+        "dead_groups_drawn": dead.double().mean().item(),
+        "resampled": 1 - 1 / len(drawn),
+        "carried_over": rollouts.carried.double().mean().item(),
+        **dict.fromkeys(("first_ratio_min", "first_ratio_max") if rollouts.carried.any() else ()),  # no mere noise
     }
 
 

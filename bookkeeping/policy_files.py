@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from configs import InputError
+from engine.weights import whole_weights
 from inputs.errors import LOAD_ERRORS
 from inputs.models import load_model
 
@@ -26,22 +27,9 @@ def save_policy(folder, model, adapter=None, weights=None):
         (Path(folder) / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
-def save_merged(folder, model, adapter):
-    """Writes the whole model with the adapter merged in.
-
-    The model itself does not change, because merging in place would round its weights.
-    """
-    import peft
-
-    def without_wrappers(key):  # experts have a wrapper for each parameter
-        return ".".join(part for part in key.split(".") if part != "base_layer")
-
-    weights = {without_wrappers(key): value for key, value in model.state_dict().items() if ".lora_" not in key}
-    for name, module in model.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            key = f"{without_wrappers(name)}.{getattr(module, 'parameter_name', 'weight')}"
-            weights[key] = weights[key] + module.get_delta_weight("default")
-    model.save_pretrained(folder, state_dict=weights)
+def save_merged(folder, model):
+    """Writes the whole model with its adapter merged in. The model itself does not change."""
+    model.save_pretrained(folder, state_dict=dict(whole_weights(model)))
 
 
 @torch.no_grad()

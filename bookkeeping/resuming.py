@@ -16,8 +16,8 @@ from engine.steps import learning_rate_at
 # in its `may_change`.
 MAY_CHANGE = (
     *("MAX_STEPS", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "SAMPLE_GROUPS", "TENSORBOARD", "WANDB_PROJECT"),
-    *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "LOGITS_AT_ONCE", "GRADIENT_CHECKPOINTING"),
-    *("MERGE_LORA", "PROFILE", "PANELS"),
+    *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "SAMPLER_MEMORY", "LOGITS_AT_ONCE"),
+    *("GRADIENT_CHECKPOINTING", "MERGE_LORA", "PROFILE", "PANELS"),
 )
 # These may change, too, if the run has fingerprints of their content. So the files may move, but not change.
 MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL", "CRITIC_MODEL")

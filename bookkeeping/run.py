@@ -20,7 +20,7 @@ from bookkeeping.progress import (
     say_what_looks_wrong,
     warn_about_learning_rate,
 )
-from bookkeeping.saving import Saver, state_of
+from bookkeeping.saving import Saver, load_state, state_of
 from bookkeeping.signals import Stopped, StopSignals, lossy_streams
 from configs import InputError
 from inputs.libraries import quiet_libraries
@@ -46,6 +46,7 @@ class Trainer(Protocol):
     adapter: object  # peft's model around the policy, None without LoRA
     tokenizer: object  # saved beside the policy
     beside: dict  # further models that train, {"critic": a Critic}; saved in checkpoints and as final-critic/
+    kept: tuple[str, ...]  # names of further attributes that checkpoints hold: tensors and plain values
     optimizer: torch.optim.Optimizer  # after its first step in a training step, a signal waits for the end
 
     # The results of steps
@@ -54,12 +55,6 @@ class Trainer(Protocol):
     skipped: list[dict]  # completions of the latest step with a skipped update, for skipped.jsonl
     eval_texts: list[str]  # greedy completions of the latest evaluation, for the summary
     run: object  # None before train(), because a trainer trains once
-
-    def state(self) -> dict:
-        """Returns the tensors and plain values that a checkpoint holds beside the models' own."""
-
-    def load_state(self, state: dict) -> None:
-        """Continues from such a state."""
 
 
 class Run:
@@ -115,9 +110,7 @@ class Run:
         self.unfinished, self.texts_before = state["pending"], state["texts_before"]
         self.seconds |= state.get("seconds", {})  # older checkpoints have none
         trainer.samples = state["samples"]
-        trainer.load_state(state["trainer"])
-        for name, one in trainer.beside.items():
-            one.load_state(state.get("beside", {}).get(name, {}))
+        load_state(trainer, state)
         self.history += metrics
 
     def _begin(self, checkpoint, made_from):

@@ -11,7 +11,18 @@ from configs import InputError
 
 def state_of(trainer):
     """Returns what a checkpoint holds of a trainer beside the policy's weights."""
-    return {"trainer": trainer.state(), "beside": {name: one.state() for name, one in trainer.beside.items()}}
+    kept = {name: getattr(trainer, name) for name in trainer.kept}
+    of_trainer = {"optimizer": trainer.optimizer.state_dict()} | kept
+    return {"trainer": of_trainer, "beside": {name: one.state() for name, one in trainer.beside.items()}}
+
+
+def load_state(trainer, state):
+    """Lets a trainer continue from such a state."""
+    trainer.optimizer.load_state_dict(state["trainer"]["optimizer"])
+    for name in trainer.kept:
+        setattr(trainer, name, state["trainer"][name])
+    for name, one in trainer.beside.items():
+        one.load_state(state.get("beside", {}).get(name, {}))
 
 
 class Saver:
@@ -97,7 +108,8 @@ class Saver:
         models |= {f"final-{name}": (one.model, one.adapter, True) for name, one in trainer.beside.items()}
         finals = {}
         for name, (model, adapter, merge) in models.items():
-            save = save_merged if merge and adapter is not None else save_policy
-            write = functools.partial(save, model=model, adapter=adapter)
+            write = functools.partial(save_policy, model=model, adapter=adapter)
+            if merge and adapter is not None:
+                write = functools.partial(save_merged, model=model)
             finals[name] = write, trainer.tokenizer.save_pretrained
         return finals

@@ -68,6 +68,21 @@ class GrowingCache:
         for i, layer in enumerate(self.layers):
             self.layers[i] = tuple(states[0][:, places].transpose(0, 1) for states in layer)
 
+    def drop(self, columns):
+        """Forgets the first columns, which no row sees."""
+        for i, layer in enumerate(self.layers):
+            self.layers[i] = tuple(states[:, :, columns : self.lengths[i]] for states in layer)
+            self.lengths[i] -= columns
+
+    def join(self, other):
+        """Adds the rows of another cache. The shorter one gets empty columns on the left."""
+        for i, (mine, new) in enumerate(zip(self.layers, other.layers, strict=True)):
+            end = max(self.lengths[i], other.lengths[i])
+            both = ((mine, self.lengths[i]), (new, other.lengths[i]))
+            both = [[torch.nn.functional.pad(x[:, :, :n], (0, 0, end - n, 0)) for x in states] for states, n in both]
+            self.layers[i] = tuple(torch.cat(states) for states in zip(*both, strict=True))
+            self.lengths[i] = end
+
     def select(self, rows):
         """Keeps some rows, in the given order. A row that is named several times is repeated."""
         for i, layer in enumerate(self.layers):  # one by one, because a copy needs the memory of a layer twice

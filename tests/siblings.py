@@ -54,8 +54,6 @@ EXEMPTIONS = {
         "DAPOTrainer.add_old_logps": "of a surplus group, π_old is the policy of the step that sampled it",
         "DAPOTrainer.metrics_of_step": "adds what dynamic sampling drew, dropped and kept",
         "DAPOTrainer.sampling_metrics": "what dynamic sampling drew, dropped and kept",
-        "DAPOTrainer.state": "the place in the data counts rounds, and surplus groups wait for the next step",
-        "DAPOTrainer.load_state": "puts back the rounds and the surplus groups, too",
     },
 }
 

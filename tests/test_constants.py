@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -329,8 +330,9 @@ def test_code_that_changed_since_a_run_began_is_named(capsys, runs, monkeypatch)
 
 
 def chosen_devices(**constants):
+    constants = {"SAMPLER": "vllm"} | constants
     devices = configs.choose_devices(configs.Constants(constants, configs.HERE / "gspo.py", ""))
-    assert list(devices) == list(constants)
+    assert list(devices) == [name for name in constants if name.endswith("_DEVICE")]
     return [str(device) for device in devices.values()]
 
 
@@ -345,6 +347,8 @@ def test_the_shipped_devices_fall_back_and_say_so(monkeypatch, capsys):
         out = capsys.readouterr().out
         assert said in out and out.count("\n") == (gpus < 2)
     assert chosen_devices(POLICY_DEVICE="cpu", REF_DEVICE="cpu", REWARD_DEVICE="cpu") == ["cpu"] * 3
+    assert chosen_devices(POLICY_DEVICE="cpu", SAMPLER_DEVICE="cpu") == ["cpu", "cpu"]
+    assert configs.choose_devices(configs.Constants({"SAMPLER": "own", "SAMPLER_DEVICE": "cuda:7"}, Path(), "")) == {}
     assert capsys.readouterr().out == ""
 
 

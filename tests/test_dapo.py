@@ -32,9 +32,9 @@ def group_of(rollouts, number):
 
 def test_dead_groups_are_dropped_the_batch_is_refilled_and_surplus_opens_the_next(small, monkeypatch):
     sampled, trainer = [], small.DAPOTrainer()
-    sample_together = trainer.sampler.sample_together
+    sample_in_turn = trainer.sampler.sample_in_turn
     monkeypatch.setattr(
-        trainer.sampler, "sample_together", lambda *a: (sampled.append(sample_together(*a)), sampled[-1])[1]
+        trainer.sampler, "sample_in_turn", lambda *a: (sampled.append(sample_in_turn(*a)), sampled[-1])[1]
     )
     rounds = [[RIGHT, MIXED, WRONG, MIXED], [MIXED, WRONG, MIXED, MIXED], [MIXED, MIXED, MIXED, RIGHT]]
     trainer.compute_rewards = rewards_from([group for groups in rounds for group in groups])

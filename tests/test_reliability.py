@@ -142,9 +142,8 @@ def test_a_resumed_run_of_a_mixture_with_routing_replay_is_the_same_too(tmp_path
 def test_dapo_carries_surplus_groups_and_rounds_over_the_checkpoint(tmp_path):
     trainer = set_up(dapo, tmp_path, MAX_STEPS=2)
     trainer.train()
-    state = trainer.state()
     again = trainer_of(dapo)
-    again.load_state(checkpoints.copy_to_cpu(state))
+    saving.load_state(again, checkpoints.copy_to_cpu(saving.state_of(trainer)))
     assert again.rounds == trainer.rounds > 0 and len(again.surplus) == len(trainer.surplus)
     again.policy.load_state_dict(trainer.policy.state_dict())
     one, other = (t.generate_responses_with_group_sampling(3) for t in (trainer, again))
@@ -900,24 +899,24 @@ def test_if_memory_runs_out_smaller_parts_give_the_same_result(tmp_path, monkeyp
     results = []
     for most in (10**9, 100):
         trainer = set_up(script, tmp_path, MICRO_BATCH_TOKENS=2000, SAMPLE_GROUPS=0, TENSORBOARD=False)
-        completion_logps, sample_together = script.completion_logps, sampling.Sampler.sample_together
+        completion_logps, sample_in_turn = script.completion_logps, sampling.Sampler.sample_in_turn
 
         def in_memory(model, rollouts, most=most, completion_logps=completion_logps, **k):
             if len(rollouts.texts) > 1 and int(rollouts.lengths.sum()) > most:
                 raise torch.OutOfMemoryError("no room")
             return completion_logps(model, rollouts, **k)
 
-        def in_memory_too(*a, most=most, sample_together=sample_together):
-            if len(a[1]) * a[2] > most / 25:
+        def in_memory_too(*a, most=most, sample_in_turn=sample_in_turn):
+            if a[-1] > most / 25:
                 raise torch.OutOfMemoryError("no room")
-            return sample_together(*a)
+            return sample_in_turn(*a)
 
         with monkeypatch.context() as patch:
             patch.setattr(script, "completion_logps", in_memory)
             if hasattr(script, "completion_values"):
                 values = functools.partial(in_memory, completion_logps=script.completion_values)
                 patch.setattr(script, "completion_values", values)
-            patch.setattr(sampling.Sampler, "sample_together", in_memory_too)
+            patch.setattr(sampling.Sampler, "sample_in_turn", in_memory_too)
             results.append(trainer.train_step(1))
     plenty, little = results
     assert plenty["memory_halvings"] == 0 and little["memory_halvings"] >= 3
@@ -933,7 +932,7 @@ def test_if_not_even_one_completion_fits_it_is_one_line(tmp_path, monkeypatch, c
         raise torch.OutOfMemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampling.Sampler, "sample_together", never)
+        patch.setattr(sampling.Sampler, "sample_in_turn", never)
         code, line = resume(capsys, gspo)
     assert code == 2 and "out of memory in sampling with one completion at a time" in line and "--lora-rank" in line
     monkeypatch.setattr(torch.optim.AdamW, "step", never)  # which makes its moments

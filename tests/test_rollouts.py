@@ -6,7 +6,7 @@ import transformers
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gspo
-from engine import decoding, packing, sampling, steps
+from engine import batch, decoding, packing, sampling, steps
 from engine.cache import GrowingCache, with_cache
 from engine.memory import FitToMemory
 from engine.rollouts import Rollouts
@@ -50,10 +50,12 @@ START = 40 * [17]  # a common start of prompts, long enough to go through once
 STARTED = [{"prompt_ids": START + row["prompt_ids"]} for row in PROMPTS]
 
 
-def sample(model, rows=PROMPTS, group_size=4, eos_ids=(EOS,), greedy=False, tokens=24, compute_dtype="auto"):
+def sample(model, rows=PROMPTS, group_size=4, eos_ids=(EOS,), greedy=False, tokens=24, compute_dtype="auto", at_once=0):
     shape, generator = (len(rows) * group_size, tokens), gspo.generator_of("test")
     uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator)
-    sampler = Sampler(model, Tokenizer(), list(eos_ids), len(rows) * group_size, compute_dtype, FitToMemory())
+    sampler = Sampler(
+        model, Tokenizer(), list(eos_ids), at_once or len(rows) * group_size, compute_dtype, FitToMemory()
+    )
     limits = {"temperature": gspo.TEMPERATURE, "top_p": gspo.TOP_P, "max_tokens": tokens}
     return sampler(rows, group_size, uniform, **limits)
 
@@ -389,11 +391,38 @@ def test_prompts_of_steps_pass_over_the_data_in_a_new_order_each_time():
     assert len(gspo.prompts_of_step(rows, 1, gspo.BATCH_SIZE, gspo.generator_of)) == 25
 
 
+@pytest.mark.parametrize("every", [1, 16])
+@pytest.mark.parametrize("rows", [PROMPTS, STARTED], ids=["prompts", "common start"])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 7, 11, 15])
+def test_a_completion_that_waits_takes_the_room_of_one_that_ended_and_stays_the_same(
+    model, monkeypatch, rows, at_once, every
+):
+    expected, widths, in_work = sample(model, rows), [], []
+    go_on = batch.Batch.go_on
+
+    def watched(self, *arguments):
+        go_on(self, *arguments)
+        widths.append(self.cache.get_seq_length())
+        in_work.append(len(self.place))
+        assert (self.cache.get_seq_length() - self.start <= self.longest).all()
+
+    monkeypatch.setattr(batch.Batch, "go_on", watched)
+    monkeypatch.setattr(batch, "tokens_between_checks", lambda device: every)
+    found = sample(model, rows, at_once=at_once)
+    assert found.texts == expected.texts and found.prompts == expected.prompts
+    assert torch.equal(found.input_ids, expected.input_ids) and torch.equal(found.truncated, expected.truncated)
+    torch.testing.assert_close(found.sampled_logps, expected.sampled_logps, rtol=1e-4, atol=1e-5)
+    assert max(in_work) == at_once and max(widths) <= max(len(row["prompt_ids"]) for row in rows) + 24
+    parts = expected.completion_lengths.split(at_once)
+    if every == 1 and 2 < at_once < 15:
+        assert len(in_work) < sum(int(some.max()) for some in parts)  # steps if a part waited for the one before
+
+
 def test_sampling_and_training_agree_to_the_precision_of_bfloat16(model, monkeypatch):
     """The arithmetic of a GPU: autocast with float32 weights, for the sampler's own step and for the packed pass."""
     expected = sample(model)
     monkeypatch.setattr(gspo, "COMPUTE_DTYPE", "bfloat16")
-    monkeypatch.setattr(sampling, "tokens_between_checks", lambda device: 16)
+    monkeypatch.setattr(batch, "tokens_between_checks", lambda device: 16)
     rollouts = sample(model, compute_dtype="bfloat16")
     with torch.no_grad():
         recomputed, _ = gspo.completion_logps(model, rollouts)

@@ -20,7 +20,7 @@ import plotting
 from bookkeeping import checkpoints, progress
 from bookkeeping import folder as run_folders
 from bookkeeping.run import Run, Trainer
-from engine import memory, sampling
+from engine import batch, memory
 from inputs import load
 
 METRICS = (
@@ -107,19 +107,19 @@ def assert_summary(out, rows, folder):
 
 def test_a_group_sampled_in_parts_for_lack_of_memory_has_the_same_completions(small, monkeypatch):
     trainer, sizes = small.GSPOTrainer(), []
-    sample_together = trainer.sampler.sample_together
     expected = trainer.generate_responses_with_group_sampling(1)
-
-    def counted(*arguments):
-        sizes.append(len(arguments[0]) * arguments[1])
-        return sample_together(*arguments)
-
-    monkeypatch.setattr(trainer.sampler, "sample_together", counted)
-    for trainer.sampler.at_once in (1, 3):
+    go_on = batch.Batch.go_on
+    monkeypatch.setattr(batch.Batch, "go_on", lambda self, *a: (sizes.append(len(self.place)), go_on(self, *a))[1])
+    steps = []
+    for trainer.sampler.at_once in (1, 3, 12):
         sizes.clear()
         found = trainer.generate_responses_with_group_sampling(1)
-        assert max(sizes) == trainer.sampler.at_once and sum(sizes) == 16
+        assert max(sizes) == trainer.sampler.at_once
         assert found.texts == expected.texts and found.prompts == expected.prompts
+        steps.append(len(sizes))
+    lengths = expected.completion_lengths
+    assert steps[0] == int(lengths.sum()) - 16  # one after the other; the last token need not go through
+    assert steps[1] < sum(int(some.max()) for some in lengths.split(3))  # who waits enters before the slowest has ended
 
 
 def test_as_many_are_sampled_at_once_as_free_memory_has_room_for(small, monkeypatch):
@@ -128,13 +128,11 @@ def test_as_many_are_sampled_at_once_as_free_memory_has_room_for(small, monkeypa
     tokens = max(len(row["prompt_ids"]) for row in rows) + small.MAX_COMPLETION_TOKENS
     made = sum(layer.self_attn.k_proj.out_features * 2 for layer in trainer.policy.model.layers)
     of_one = 4 * made * tokens + 16 * trainer.policy.config.vocab_size  # keys and values, and logits
-    monkeypatch.setattr(trainer.sampler, "sample_together", lambda rows, n, *_: sizes.append(len(rows) * n))
-    monkeypatch.setattr(sampling.Rollouts, "join", lambda parts: parts)
+    monkeypatch.setattr(trainer.sampler, "sample_in_turn", lambda *arguments: sizes.append(arguments[-1]))
     for room, at_once in ((17, 16), (15, 8), (7, 4), (0.1, 1)):
         monkeypatch.setattr(memory, "free_memory", lambda device, room=room: room * of_one / 0.9)
-        sizes.clear()
         trainer.sample(rows, 4, ("test",))
-        assert set(sizes) == {at_once} and sum(sizes) == 16
+        assert sizes.pop() == at_once and not sizes
 
 
 def test_scores_of_evaluations_do_not_pile_up(small):
@@ -357,7 +355,7 @@ def test_a_run_uses_a_trainer_exactly_as_the_protocol_declares(small):
                     metrics |= trainer.evaluate()
                 run.finish_step(step, metrics)
         small.RESUME = str(run.folder)
-    assert used == declared - {"skipped"}  # which is for updates that are not finite
+    assert used - {*trainer.kept} == declared - {"skipped"}  # which is for updates that are not finite
 
 
 def test_constants_that_cannot_work_are_warned_about(small, capsys, monkeypatch):

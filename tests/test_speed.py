@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import configs
 import gspo
-from engine import packing, sampling, vocabulary
+from engine import batch, packing, vocabulary
 
 
 class Passes:
@@ -166,18 +166,19 @@ def test_the_sampler_waits_only_when_it_checks_for_finished_rows(small, monkeypa
     trainer = small.GSPOTrainer()
     rows, shape = trainer.train_rows[:4], (16, small.MAX_COMPLETION_TOKENS)
     uniform = torch.rand(shape, dtype=torch.float64, generator=gspo.generator_of("test"))
-    expected = trainer.sampler.sample_together(rows, 4, uniform, 1.0, 1.0, small.MAX_COMPLETION_TOKENS)
+    expected = trainer.sampler.sample_in_turn(rows, 4, uniform, 1.0, 1.0, small.MAX_COMPLETION_TOKENS, 16)
     shapes = []
     trainer.policy.get_input_embeddings().register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
-    monkeypatch.setattr(sampling, "tokens_between_checks", lambda device: every)
+    monkeypatch.setattr(batch, "tokens_between_checks", lambda device: every)
     with Waits() as waits:
-        rollouts = trainer.sampler.sample_together(rows, 4, uniform, 1.0, 1.0, small.MAX_COMPLETION_TOKENS)
+        rollouts = trainer.sampler.sample_in_turn(rows, 4, uniform, 1.0, 1.0, small.MAX_COMPLETION_TOKENS, 16)
     assert rollouts.texts == expected.texts and torch.equal(rollouts.completion_mask, expected.completion_mask)
     assert shapes[0] == (4, max(len(row["prompt_ids"]) for row in rows))  # prompts once, not once per completion
     rows_left = [shape.numel() for shape in shapes[1:]]
     drops = sum(fewer < more for more, fewer in itertools.pairwise([16, *rows_left]))
     before_and_after = 3 + len(rollouts.texts)  # of prompts and completions: widths, a common start, and each length
-    assert drops > 0 and waits.count == before_and_after + len(shapes) // every + drops  # a drop asks which rows stay
+    checks = (len(shapes) - 1) // every  # but for the last token, after which all have the most
+    assert drops > 0 and waits.count == before_and_after + checks + drops  # a drop asks which rows stay
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
