@@ -50,6 +50,7 @@ from engine.correction import corrected_advantages, trusted
 from engine.memory import FitToMemory, set_up_process
 from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
+from engine.processes import in_shares, sum_over_processes
 from engine.rollouts import Rollouts, in_places, on_last_token
 from engine.routing import load_balancing_loss
 from engine.sampling import load_sampler
@@ -387,7 +388,7 @@ class CISPOTrainer:
         shape = (len(rows) * group_size, MAX_COMPLETION_TOKENS)
         uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator_of(*purpose))
         settings = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_COMPLETION_TOKENS}
-        return self.sampler(rows, group_size, uniform, **settings)
+        return in_shares(self.sampler, rows, group_size, uniform, **settings)
 
     # -- 2. Score
 
@@ -493,10 +494,11 @@ class CISPOTrainer:
     def compute_gradient(self, batch, budget):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
-        Returns logps (B, T), without gradient, and the losses. Rows that move nothing stay out, and have old_logps.
+        Returns logps (B, T), without gradient, and the losses. Rows that move nothing stay out, and have old_logps. If
+        there are several processes, each one does some of the micro-batches.
         """
         chosen = self.moving(batch).nonzero().squeeze(1)
-        moving, logps = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True)
+        moving, logps = batch.select(chosen), torch.zeros_like(batch.old_logps)
         stats = {"policy_loss": torch.zeros((), device=self.policy_device)}
         self.optimizer.zero_grad()
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
@@ -505,13 +507,15 @@ class CISPOTrainer:
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
             if self.on_policy:
                 part.old_logps = part_logps.detach()
-                batch.old_logps[chosen[rows].to(self.policy_device)] = part.old_logps
             losses = self.losses(part, batch, part_logps, entropy)
             sum(losses.values()).backward()
             logps[chosen[rows].to(self.policy_device)] = part_logps.detach()
             for name, loss in losses.items():
                 stats[name] = stats.get(name, 0.0) + loss.detach()
         self.policy.eval()
+        moves = self.moving(batch)[:, None].to(self.policy_device)
+        logps = sum_over_processes(logps, "an update").where(moves, batch.old_logps)
+        batch.old_logps = logps if self.on_policy else batch.old_logps
         return logps, stats
 
     def moving(self, batch):

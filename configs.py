@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import time
 import tokenize
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ if sys.version_info < (3, 11):  # noqa: UP036, because transformers 5.23 and lat
     )
 
 HERE = Path(__file__).resolve().parent
+ALONE = 10  # seconds that a process other than the first waits before it says a mistake, unless it is ended by then
 
 # Named sets of constants. A preset changes only the constants that it lists here or in the script's own `presets`. The
 # script's values win over the ones here, and flags win over both.
@@ -117,7 +119,11 @@ def one_line_errors():
         print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C, before a run began", file=sys.stderr)
         sys.exit(130)
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        number = os.environ.get("RANK", "0")
+        if number != "0":  # the others mostly find the same mistake, and process 0 says it
+            time.sleep(ALONE)
+        who = "" if number == "0" else f"process {number}: "
+        print(f"{Path(sys.argv[0]).name}: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -133,6 +139,8 @@ def _open_streams():
     Without this, the next file to be opened would take the place of a closed stream, and what a library prints would
     land in that file. Characters that a stream cannot show, as in a locale without UTF-8, are printed as escape codes.
     """
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = None  # process 0 prints for all
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
@@ -208,6 +216,10 @@ class Constants:
             f"{name} cannot be set: these are a run's constants; set the script's own before it begins"
         )
 
+    def evaluation_is_due(self, step):
+        """Returns whether an evaluation follows a step; step 0 is before training."""
+        return step in (0, self.MAX_STEPS) or (self.EVAL_EVERY > 0 and step % self.EVAL_EVERY == 0)
+
     def values(self):
         """Returns {name: value}."""
         return {name: value for name, value in vars(self).items() if name.isupper()}
@@ -216,13 +228,8 @@ class Constants:
 def snapshot(namespace: dict) -> Constants:
     """Checks the constants of a script and returns them as they are now. namespace: the script's globals().
 
-    Raises InputError for the first constant that breaks its rule, and if the script was started as several processes.
+    Raises InputError for the first constant that breaks its rule.
     """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise InputError(
-            f"started as one of {processes} processes, as by torchrun, which is not supported yet: start one process "
-            "with python; it uses two GPUs by itself"
-        )
     preset = namespace.get("PRESET", "")
     if preset not in ("", namespace.get("__preset__")):
         raise InputError(
@@ -429,6 +436,11 @@ RULES = {
     "MICRO_BATCH_TOKENS": (int, _positive, "at least 1 token; a single longer sequence still goes through alone"),
     "CLIP_LOW": (float, lambda v: 0 <= v < 1, "an offset from 1, in [0, 1): 0.2 clips the ratio at 0.8"),
     "CLIP_HIGH": (float, _not_negative, "an offset from 1, not negative: 0.28 clips the ratio at 1.28"),
+    "DUAL_CLIP": (float, lambda v: v == 0 or 1 < v < math.inf, "0 for off, or a bound above 1 such as 3"),
+    "VALUE_CLIP": (float, _not_negative, "0 for off, or a distance such as 0.2"),
+    **dict.fromkeys(("GAMMA", "LAMBDA", "LAMBDA_CRITIC"), (float, lambda v: 0 <= v <= 1, "in [0, 1]")),
+    "CRITIC_MODEL": (str, lambda v: True, ""),
+    "BOOTSTRAP_TRUNCATED": (bool, (True, False), None),
     "ADVANTAGE_TYPE": (str, ("relative", "normalized"), None),
     "EXPERTS": (str, ("eager", "grouped_mm", "batched_mm"), None),
     "ROUTING_REPLAY": (str, ("", "r2", "r3"), None),
@@ -519,6 +531,11 @@ def validate(values, namespace):
             raise InputError(f"{name} = {value!r} must be {text}; edit it or give {flag}")
         if kind in (int, float) and value > LARGEST and name != "SEED":
             raise InputError(f"{name} = {value!r} is too large, more than {LARGEST:g}; edit it or give {flag}")
+    _validate_together(values, namespace)
+
+
+def _validate_together(values, namespace):
+    """Raises InputError for values that do not go together."""
     for breaks, message in namespace.get("conflicts", ()):
         if breaks(values):
             raise InputError(message.format_map(values))
@@ -527,6 +544,15 @@ def validate(values, namespace):
         raise InputError(f"{steps}; lower --{rests.lower().replace('_', '-')}, or raise --max-steps")
     if not values["USE_SEQUENCE_LEVEL_REWARD"] and not re.search(r"\breward_model\b", values["REWARDS"]):
         raise InputError("USE_SEQUENCE_LEVEL_REWARD = False is for a reward model; add it: --rewards reward_model")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and values["SAMPLER"] == "vllm":
+        raise InputError("SAMPLER = 'vllm' works in one process; give --sampler own, or start the script with python")
+    if processes > 1 and values["SELFTEST"]:
+        raise InputError("SELFTEST is for one process; start the script with python")
+    if processes > min(values["BATCH_SIZE"], values["EVAL_SIZE"]):
+        raise InputError(
+            f"{processes} processes have no prompt each; raise --batch-size and --eval-size to at least that"
+        )
     if values["SAMPLER"] == "vllm" and values["TOP_P"] < 1:
         raise InputError(
             "SAMPLER = 'vllm' has log-probs of the full distribution only if --top-p is 1; or --sampler own"
@@ -584,7 +610,8 @@ def check_device(name, value):
 def choose_devices(constants):
     """Returns the devices of the models, {"POLICY_DEVICE": torch.device}, and prints a line if they are not as asked.
 
-    `cuda:0` and `cuda:1`, the shipped defaults, fall back to one GPU or to the CPU. Any other device must exist.
+    `cuda:0` and `cuda:1`, the shipped defaults, fall back to one GPU or to the CPU. Any other device must exist. If
+    torchrun has started several processes, each has a GPU of its own.
     """
     import torch
 
@@ -596,6 +623,13 @@ def choose_devices(constants):
         name: value if value not in ("cuda:0", "cuda:1") or gpus > 1 else "cuda:0" if gpus == 1 else "cpu"
         for name, value in wanted.items()
     }
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > 1 and gpus > 0:
+        if here > gpus:
+            raise InputError(
+                f"torchrun started {here} processes, and this machine has {gpus} GPUs; lower --nproc-per-node"
+            )
+        return dict.fromkeys(wanted, torch.device(f"cuda:{os.environ['LOCAL_RANK']}"))
     for name, value in chosen.items():
         check_device(name, value)
     if chosen != wanted:

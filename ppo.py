@@ -50,6 +50,7 @@ from engine.correction import corrected_advantages, trusted
 from engine.memory import FitToMemory, set_up_process
 from engine.packing import in_micro_batches, micro_batches, states_before_tokens
 from engine.precision import autocast
+from engine.processes import in_shares, sum_over_processes
 from engine.rollouts import Rollouts, in_places, last_tokens
 from engine.routing import load_balancing_loss
 from engine.sampling import load_sampler
@@ -172,12 +173,8 @@ PANELS = "policy_loss value_loss reward explained_variance kl_divergence clip_fr
 
 # What configs.py cannot know: limits of this algorithm's own constants, in the form of RULES, and its rows of presets.
 limits = {
-    **dict.fromkeys(("KL_IN_REWARD", "BOOTSTRAP_TRUNCATED"), (bool, (True, False), None)),
-    **dict.fromkeys(("GAMMA", "LAMBDA"), (float, lambda v: 0 <= v <= 1, "in [0, 1]")),
-    "CRITIC_MODEL": (str, lambda v: True, ""),
+    "KL_IN_REWARD": (bool, (True, False), None),
     "GROUP_SIZE": (int, lambda v: v >= 1, "at least 1 completion per prompt"),
-    "DUAL_CLIP": (float, lambda v: v == 0 or 1 < v < math.inf, "0 for off, or a bound above 1 such as 3"),
-    "VALUE_CLIP": (float, lambda v: 0 <= v < math.inf, "0 for off, or a distance such as 0.2"),
 }
 policy_rests = "CRITIC_WARMUP_STEPS"
 gsm8k = {"GROUP_SIZE": 1, "BATCH_SIZE": 128, "CRITIC_LEARNING_RATE": 1e-5}
@@ -390,7 +387,7 @@ class PPOTrainer:
         shape = (len(rows) * group_size, MAX_COMPLETION_TOKENS)
         uniform = None if greedy else torch.rand(shape, dtype=torch.float64, generator=generator_of(*purpose))
         settings = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_COMPLETION_TOKENS}
-        return self.sampler(rows, group_size, uniform, **settings)
+        return in_shares(self.sampler, rows, group_size, uniform, **settings)
 
     # -- 2. Score
 
@@ -531,10 +528,11 @@ class PPOTrainer:
     def compute_gradient(self, batch, budget):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
-        Returns logps (B, T), without gradient, and the losses. Rows that move nothing stay out, and have old_logps.
+        Returns logps (B, T), without gradient, and the losses. Rows that move nothing stay out, and have old_logps. If
+        there are several processes, each one does some of the micro-batches.
         """
         chosen = self.moving(batch).nonzero().squeeze(1)
-        moving, logps = batch.select(chosen), batch.old_logps.to(self.policy_device, copy=True)
+        moving, logps = batch.select(chosen), torch.zeros_like(batch.old_logps)
         stats = {"policy_loss": torch.zeros((), device=self.policy_device)}
         self.optimizer.zero_grad()
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
@@ -543,13 +541,15 @@ class PPOTrainer:
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
             if self.on_policy:
                 part.old_logps = part_logps.detach()
-                batch.old_logps[chosen[rows].to(self.policy_device)] = part.old_logps
             losses = self.losses(part, batch, part_logps, entropy)
             sum(losses.values()).backward()
             logps[chosen[rows].to(self.policy_device)] = part_logps.detach()
             for name, loss in losses.items():
                 stats[name] = stats.get(name, 0.0) + loss.detach()
         self.policy.eval()
+        moves = self.moving(batch)[:, None].to(self.policy_device)
+        logps = sum_over_processes(logps, "an update").where(moves, batch.old_logps)
+        batch.old_logps = logps if self.on_policy else batch.old_logps
         return logps, stats
 
     def moving(self, batch):

@@ -9,6 +9,7 @@ import torch
 from engine.correction import correction_metrics
 from engine.packing import micro_batches, states_before_tokens
 from engine.precision import autocast
+from engine.processes import from_all
 from engine.rollouts import last_tokens
 from engine.routing import experts_of_tokens, loads_of, routing_of
 from engine.steps import learning_rate_at
@@ -103,7 +104,9 @@ def routing_metrics(policy, rollouts, group_size, token_budget, compute_dtype):
             states_before_tokens(policy, part, replay=True)  # the routers choose, because there are no experts to take
         changed.append((experts_of_tokens(part).sort(-1).values != before).any(-1))  # (tokens, layers)
         logps = torch.stack(routing.logits).float().log_softmax(-1)  # (layers, tokens, experts)
-        entropies.append(-(logps.exp() * logps).sum(-1).mean(0))  # (tokens,)
+        entropies.append(-(logps.exp() * logps).sum(-1).mean(0).cpu())  # (tokens,)
+    of_all = from_all((changed, entropies), "routing")
+    changed, entropies = (sum(lists, []) for lists in zip(*of_all, strict=True))
     return {
         "routing_changed": torch.cat(changed).double().mean().item(),
         "router_entropy": torch.cat(entropies).mean().item(),

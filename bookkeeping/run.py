@@ -12,6 +12,7 @@ import plotting
 from bookkeeping import checkpoints, resuming, sample_page
 from bookkeeping.boards import Boards, Profiler
 from bookkeeping.folder import RunFolder, finite
+from bookkeeping.follower import Follower
 from bookkeeping.progress import (
     Progress,
     print_summary,
@@ -23,6 +24,7 @@ from bookkeeping.progress import (
 from bookkeeping.saving import Saver, load_state, state_of
 from bookkeeping.signals import Stopped, StopSignals, lossy_streams
 from configs import InputError
+from engine import processes
 from inputs.libraries import quiet_libraries
 from scoring.rules import Rewards
 
@@ -61,8 +63,12 @@ class Run:
     """One run of a trainer, new or resumed, as a context around its steps. A script's train() shows the loop.
 
     Raises InputError if the folder cannot be written. folder: its path. unfinished: the metrics of a step that is
-    trained, but not yet evaluated and logged, or None.
+    trained, but not yet evaluated and logged, or None. If there are several processes, the first has a Run, and the
+    others have a Follower in its place.
     """
+
+    def __new__(cls, trainer):
+        return super().__new__(cls) if processes.rank() == 0 else Follower(trainer)
 
     constants_to_resume = staticmethod(resuming.constants_of_run)  # for configs.apply_overrides
 
@@ -100,6 +106,7 @@ class Run:
         self._try_to_save()
         trainer.rewards.log = trainer.eval_reward.log = self._log_failures
         self.boards.open(self.files, self.done + 1 if self.history else None)
+        processes.from_all(str(checkpoint or ""), "the start of the run")
 
     # -- Before the first step
 
@@ -197,8 +204,7 @@ class Run:
 
     def evaluation_is_due(self, step):
         """Returns whether an evaluation follows a step."""
-        every = self.constants.EVAL_EVERY
-        return step in (0, self.constants.MAX_STEPS) or (every > 0 and step % every == 0)
+        return self.constants.evaluation_is_due(step)
 
     def finish_step(self, step, metrics):
         """Logs, saves and draws whatever is due. metrics: those of the step and of its evaluation."""
@@ -298,6 +304,8 @@ class Run:
             if kind is Stopped or (kind and issubclass(kind, Exception)):
                 self._end_early(kind, error, can_save)
             self.saver.wait()
+        if kind is None:
+            processes.end()
 
     def _end_early(self, kind, error, can_save):
         """Keeps what can be kept, and prints where it is.

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from configs import InputError
+from engine import processes
 
 
 class FitToMemory:
@@ -62,10 +63,11 @@ def free_memory(device):
 
 
 def set_up_process(device):
-    """Changes settings of the whole process so that training on a device is faster.
+    """Meets the other processes, and changes settings of this one so that training on a device is faster.
 
     A script calls it when training begins.
     """
+    processes.start()
     if device.type == "cuda":
         # cuDNN's attention makes a plan for each new shape, and most shapes here come once.
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from engine.processes import from_all, own_rows, size
 from engine.routing import routing_of, watch
 
 NAME = "packed"  # this attention's attn_implementation, for from_pretrained
@@ -158,9 +159,14 @@ def prompt_numbers(rollouts):
 def micro_batches(rollouts, token_budget):
     """Yields the row numbers of batches of completions, with at most token_budget tokens. rollouts: Rollouts.
 
-    Completions that share a prompt are together, because it counts once in a batch.
+    Completions that share a prompt are together, because it counts once in a batch. If there are several processes,
+    these are the batches of this one.
     """
-    return batches_of(rollouts.lengths, token_budget, prompt_numbers(rollouts), rollouts.prompt_lengths.tolist())
+    numbers, prompt_lengths = prompt_numbers(rollouts), rollouts.prompt_lengths.tolist()
+    mine = own_rows(rollouts.lengths.tolist(), numbers)
+    of_mine = [numbers[row] for row in mine], [prompt_lengths[row] for row in mine]
+    rows = torch.tensor(mine, dtype=torch.long)
+    return (rows[batch] for batch in batches_of(rollouts.lengths[rows], token_budget, *of_mine))
 
 
 def batches_of(lengths, token_budget, prompts=None, prompt_lengths=None):
@@ -202,8 +208,17 @@ def in_micro_batches(rollouts, compute, token_budget):
             blank = selected.experts.new_zeros(len(rollouts.texts), *selected.experts.shape[1:])
             experts = blank if experts is None else experts
             experts[rows] = selected.experts
+    results = torch.zeros(rollouts.completion_mask.shape) if results is None else results
+    if size() > 1:  # each row is of one process, and 0 in the others
+        of_all, experts_of_all = zip(*from_all((results.cpu(), experts), "log-probs"), strict=True)
+        results = sum(of_all).to(results.device)
+        experts = (
+            sum(some for some in experts_of_all if some is not None)
+            if any(map(torch.is_tensor, experts_of_all))
+            else None
+        )
     rollouts.experts = rollouts.experts if experts is None else experts
-    return torch.zeros(rollouts.completion_mask.shape) if results is None else results
+    return results
 
 
 def places(lengths, width):

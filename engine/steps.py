@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from engine.processes import add_up, from_all
+
 
 def learning_rate_at(step, c, prefix=""):
     """Returns the learning rate of a step (from 1): linear warm-up, then LR_SCHEDULE.
@@ -36,11 +38,16 @@ def take_step(optimizer, max_norm, losses):
     """Takes an optimizer step along the gradient, scaled down to max_norm, and returns the norm before.
 
     If the norm or one of the losses, {name: scalar}, is not finite, no step is taken, and the norm returned is NaN. If
-    no completion has moved a parameter, its gradient is zero rather than absent, so that AdamW's averages go on.
+    no completion has moved a parameter, its gradient is zero rather than absent, so that AdamW's averages go on. The
+    gradients and the losses of all processes are added up first.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    for name in sorted(set().union(*from_all(set(losses), "an update"))):  # a process may have had no micro-batch
+        losses.setdefault(name, parameters[0].new_zeros((), dtype=torch.float32))
+    of_losses = [losses[name] for name in sorted(losses)]
+    add_up([parameter.grad for parameter in parameters] + of_losses, "an update")
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     finite = torch.stack([norm, *losses.values()]).isfinite().all()
     if finite:

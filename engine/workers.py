@@ -2,13 +2,16 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+from engine.processes import several
+
 
 def worker_beside(device, others):
     """Returns an executor for the work of the other models.
 
-    It is a thread if one of their devices is not the policy's, and a LazyWorker otherwise.
+    It is a thread if one of their devices is not the policy's, and a LazyWorker otherwise. Several processes need one
+    order of their work, so they have no thread.
     """
-    return ThreadPoolExecutor(1) if {*others} - {device} else LazyWorker()
+    return ThreadPoolExecutor(1) if {*others} - {device} and not several() else LazyWorker()
 
 
 class LazyWorker:

@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 from configs import HERE, InputError
+from engine.processes import from_all, own, size
 from engine.rollouts import on_last_token
 from scoring.rule_processes import TAKES, checked, parameters_of, rule_of, score_by_rule
 
@@ -189,11 +190,10 @@ class Rewards:
         def fail(i, name, problem):
             failed.append({"reward": name, "prompt": rows[i]["prompt"], "completion": texts[i], "problem": problem})
 
+        part = rollouts if rollouts is None or size() == 1 else rollouts.select(torch.tensor(own(range(len(texts)))))
         for name, weight in self.weights.items():
-            if name == "reward_model":
-                scores = [checked(score) for score in self.reward_model(rows, texts, rollouts)]
-            else:
-                scores = score_by_rule(self.file, name, rows, texts)
+            scores = self.scores(name, own(rows), own(texts), part)
+            scores = sum(from_all(scores, "scoring"), [])
             for i, (score, problem) in enumerate(scores):
                 if score is not None:
                     total[i] += weight * score
@@ -212,13 +212,19 @@ class Rewards:
             )
         return total
 
+    def scores(self, name, rows, texts, rollouts):
+        """Returns (score, problem) of each completion, by one of the rewards. Either may be None."""
+        if name != "reward_model":
+            return score_by_rule(self.file, name, rows, texts)
+        return [checked(score) for score in self.reward_model(rows, texts, rollouts)]
+
     def of(self, rollouts):
         """Returns the weighted sums, (B,). If the reward model scores tokens, (B, T), with the others on the last."""
         totals = torch.tensor(self(rollouts.prompts, rollouts.texts, rollouts))
-        token_scores = getattr(self.reward_model, "token_scores", None)  # (B, T)
+        token_scores = getattr(self.reward_model, "token_scores", None)  # (rows of this process, T)
         if token_scores is None:
             return totals
-        of_tokens = self.weights["reward_model"] * token_scores
+        of_tokens = self.weights["reward_model"] * torch.cat(from_all(token_scores, "scoring"))  # (B, T)
         return of_tokens + on_last_token(totals - of_tokens.sum(1), rollouts)
 
     def report(self):

@@ -49,6 +49,8 @@ def test_every_constant_named_exists(page):
     named = set(re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b", page.read_text())) - {
         "HF_HUB_OFFLINE",
         "GOMP_SPINCOUNT",
+        "NCCL_DEBUG",
+        "SLURM_JOB_NODELIST",
         "USE_TOKEN_LEVEL_LOSS",  # names of tutorials, in docs/gspo.md
         "USE_GROUP_NORMALIZATION",
     }
@@ -57,7 +59,12 @@ def test_every_constant_named_exists(page):
 
 @over_pages
 def test_every_flag_named_exists(page):
-    text, known = re.sub(r"^    (lm_eval|tensorboard) .*$", "", page.read_text(), flags=re.MULTILINE), set()
+    text, known = (
+        re.sub(
+            r"^    (lm_eval|tensorboard|torchrun|srun torchrun|#SBATCH) .*$", "", page.read_text(), flags=re.MULTILINE
+        ),
+        set(),
+    )
     for program in [
         *BY_NAME,
         "plotting",
@@ -72,6 +79,7 @@ def test_every_flag_named_exists(page):
         "benchmarks/rollouts",
         "benchmarks/parts",
         "benchmarks/floor",
+        "benchmarks/processes",
         "benchmarks/scaling",
         "data/make_arithmetic",
     ]:

@@ -474,13 +474,6 @@ def test_closed_or_ascii_output_ends_no_run_and_a_log_gets_a_line_per_step(tmp_p
     ]
 
 
-def test_several_processes_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    shrink(gspo, tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, line = resume(capsys, gspo)
-    assert code == 2 and "one of 2 processes, as by torchrun, which is not supported yet" in line
-
-
 def test_saving_the_final_model_is_tried_before_training(tmp_path, monkeypatch, capsys):
     shrink(gspo, tmp_path)
 

@@ -1,0 +1,247 @@
+"""Tests of several processes, as torchrun starts them: they do the work of one, and end in order."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import SCRIPTS, Forked, shrink, trainer_of
+
+import configs
+from bookkeeping import checkpoints
+from engine import processes
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start_processes(count, work, folder):
+    """Forks processes with torchrun's environment. Each runs work()."""
+    port = free_port()
+
+    def as_one(rank):
+        numbers = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
+        os.environ |= {name: str(number) for name, number in numbers.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        configs.ALONE = 1
+        work()
+
+    return [Forked(functools.partial(as_one, rank), folder) for rank in range(count)]
+
+
+def run_processes(count, work, folder):
+    """Runs work() in several processes, and returns their exit codes and what they printed."""
+    started = start_processes(count, work, folder)
+    texts = ["".join(one.communicate(timeout=300)) for one in started]
+    return [one.returncode for one in started], texts
+
+
+def train_and_save(script, folder):
+    """Trains, and saves metrics and weights under this process's number."""
+    with configs.one_line_errors():
+        trainer = trainer_of(script)
+        trainer.train()
+    weights = {name: value.detach() for name, value in trainer.policy.named_parameters()}
+    critic = (
+        {f"critic {name}": value.detach() for name, value in trainer.critic.trained().items()}
+        if "critic" in trainer.beside
+        else {}
+    )
+    rank = os.environ.get("RANK", "alone")
+    torch.save(weights | critic, folder / f"weights-{rank}.pt")
+    (folder / f"metrics-{rank}.json").write_text(json.dumps(trainer.metrics_history))
+
+
+def of(folder, rank):
+    """Returns what a process saved: its metrics, but for times and what a process measures of itself, and weights."""
+    rows = json.loads((folder / f"metrics-{rank}.json").read_text())
+    own = ("seconds", "tokens_per", "peak_memory")
+    rows = [{name: value for name, value in row.items() if not name.startswith(own)} for row in rows]
+    return rows, torch.load(folder / f"weights-{rank}.pt")
+
+
+def close(value):
+    return value if value is None else pytest.approx(value, rel=1e-3, abs=2e-5)
+
+
+def assert_like_one(script, tmp_path, count, **constants):
+    """Trains in one process and in several, and compares metrics and weights."""
+    shrink(script, tmp_path)
+    # With AdamW a weight whose gradient is but rounding may move by as much as the rate, so the rate is small.
+    vars(script).update({"MAX_STEPS": 5, "LEARNING_RATE": 1e-4, "EVAL_EVERY": 2, "SAVE_EVERY": 0, "TENSORBOARD": False})
+    vars(script).update(constants)
+    work = functools.partial(train_and_save, script, tmp_path)
+    work()
+    codes, texts = run_processes(count, work, tmp_path)
+    assert codes == [0] * count, texts
+    assert not any(texts[1:]), texts[1:]  # one process prints
+    expected, weights = of(tmp_path, "alone")
+    found = [of(tmp_path, rank) for rank in range(count)]
+    for name, value in weights.items():
+        assert all(torch.equal(one[1][name], found[0][1][name]) for one in found), name
+        torch.testing.assert_close(found[0][1][name], value, rtol=0, atol=1e-5)
+    assert len(found[0][0]) == len(expected)
+    for row, right in zip(found[0][0], expected, strict=True):
+        assert row.keys() == right.keys()
+        for name, value in right.items():
+            assert row[name] == close(value), (row["step"], name)
+    (two,) = {path for path in (tmp_path / "outputs").iterdir() if path.name.startswith(script.__name__)} - {
+        min((tmp_path / "outputs").iterdir(), key=lambda path: path.stat().st_mtime)
+    }
+    assert (two / "final/model.safetensors").is_file() and len((two / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_several_processes_do_the_work_of_one(script, count, tmp_path):
+    assert_like_one(script, tmp_path, count)
+
+
+KINDS = {
+    "lora": {"LORA_RANK": 2, "MICRO_BATCH_TOKENS": 100},
+    "uneven": {"BATCH_SIZE": 3, "EVAL_SIZE": 5, "WHOLE_GROUPS": True},
+    "replay": {"POLICY_MODEL": "data/models/arithmetic-moe", "ROUTING_REPLAY": "r3", "ROUTER_AUX_COEF": 0.01},
+    "recorded": {"POLICY_MODEL": "data/models/arithmetic-moe", "ROUTING_REPLAY": "r2", "MINI_BATCHES": 1},
+    "no kl": {"KL_COEF": 0.0, "ENTROPY_COEF": 0.0, "REWARDS": "exact_match", "MINI_BATCHES": 4, "BATCH_SIZE": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("script", SCRIPTS[:2], ids=lambda script: script.__name__)
+def test_several_processes_do_the_work_of_one_in_other_ways_of_training(script, kind, tmp_path):
+    """Among them mini-batches of which a process has nothing, because its groups are dead or elsewhere."""
+    assert_like_one(script, tmp_path, 2, **KINDS[kind])
+
+
+def test_a_share_is_whole_prompts_of_about_as_many_tokens(monkeypatch):
+    tokens, numbers = [5, 5, 9, 1, 1, 1, 8, 8], [0, 0, 1, 2, 2, 2, 3, 3]
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        shares.append(processes.own_rows(tokens, numbers))
+    assert shares == [[3, 4, 5, 6, 7], [0, 1, 2]]
+    monkeypatch.setattr(processes, "size", lambda: 3)
+    parts = []
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        parts.append(processes.own(list(range(7))))
+    assert sum(parts, []) == list(range(7)) and sorted(map(len, parts)) == [2, 2, 3]
+
+
+def stop_in_step(script, number, do):
+    """Lets process `number` call do() in the third step, after its rollout."""
+    trainer_class = type(trainer_of(script))
+    add_scores = trainer_class.add_scores
+
+    def stopped(self, rollouts, step, clock):
+        if step == 3 and os.environ["RANK"] == str(number):
+            do()
+        return add_scores(self, rollouts, step, clock)
+
+    trainer_class.add_scores = stopped
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_is_killed_ends_the_others_in_a_line_that_names_it(small, number, tmp_path):
+    vars(small).update(MAX_STEPS=4, SAVE_EVERY=1, TENSORBOARD=False)
+
+    def work():
+        stop_in_step(small, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        small.main([])
+
+    codes, texts = run_processes(2, work, tmp_path)
+    assert codes[number] == -signal.SIGKILL and codes[1 - number] == 2
+    last = texts[1 - number].strip().splitlines()[-1]
+    assert "error:" in last and "Traceback" not in texts[1 - number]
+    assert f"process {number} did not come to" in last or "cannot be reached" in last
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert checkpoints.problem_of(checkpoints.newest(folder)) is None
+
+
+def test_a_signal_to_all_ends_them_with_one_checkpoint(small, tmp_path):
+    vars(small).update(MAX_STEPS=40, SAVE_EVERY=0, EVAL_EVERY=0, TENSORBOARD=False)
+    started = start_processes(2, lambda: small.main([]), tmp_path)
+    for _ in range(600):
+        if len([1 for path in tmp_path.glob("outputs/*/metrics.jsonl") for _ in path.open()]) > 2:
+            break
+        time.sleep(0.1)
+    for one in started:
+        os.kill(one.pid, signal.SIGTERM)
+    texts = ["".join(one.communicate(timeout=60)) for one in started]
+    assert [one.returncode for one in started] == [143, 143], texts
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert len(list(folder.glob("checkpoints/step-*/checkpoint.json"))) == 1
+
+
+def test_a_run_goes_on_with_another_number_of_processes(small, tmp_path):
+    vars(small).update(MAX_STEPS=4, LR_SCHEDULE="constant", LEARNING_RATE=1e-4, EVAL_EVERY=3, SAVE_EVERY=1)
+    work = functools.partial(train_and_save, small, tmp_path)
+    work()
+    expected, weights = of(tmp_path, "alone")
+    (alone,) = (tmp_path / "outputs").iterdir()
+    for count, steps in ((2, 2), (1, 3), (3, 4)):
+        small.MAX_STEPS = steps
+        codes, texts = run_processes(count, work, tmp_path)
+        assert codes == [0] * count, texts
+        (folder,) = set((tmp_path / "outputs").iterdir()) - {alone}
+        small.RESUME = str(folder)
+    rows, found = of(tmp_path, 0)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    for name in ("reward", "completion_tokens", "kl_divergence"):
+        assert [row.get(name) for row in rows] == [close(row.get(name)) for row in expected], name
+    assert all(torch.allclose(found[name], value, rtol=0, atol=1e-4) for name, value in weights.items())
+
+
+def test_memory_that_runs_out_in_one_process_alone_changes_nothing(small, tmp_path):
+    vars(small).update(MAX_STEPS=2, SAVE_EVERY=0, TENSORBOARD=False)
+    work = functools.partial(train_and_save, small, tmp_path)
+    work()
+
+    def little():
+        completion_logps = small.completion_logps
+
+        def in_memory(model, rollouts, **k):
+            if os.environ["RANK"] == "1" and len(rollouts.texts) > 2:
+                raise torch.OutOfMemoryError("no room")
+            return completion_logps(model, rollouts, **k)
+
+        small.completion_logps = in_memory
+        work()
+
+    codes, texts = run_processes(2, little, tmp_path)
+    assert codes == [0, 0], texts
+    (_, weights), (_, found) = of(tmp_path, "alone"), of(tmp_path, 1)
+    assert all(torch.allclose(found[name], value, rtol=0, atol=1e-5) for name, value in weights.items())
+
+
+def test_what_cannot_be_shared_out_is_one_line(small, tmp_path):
+    def work():
+        small.main(["--batch-size", "1"])
+
+    codes, texts = run_processes(2, work, tmp_path)
+    assert codes == [2, 2] and "2 processes have no prompt each; raise --batch-size" in texts[0]
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None, reason="needs the right to make network namespaces"
+)
+def test_two_hosts_with_addresses_of_their_own_train_together(tmp_path):
+    flags = ["--max-steps", "1", "--eval-size", "4", "--batch-size", "4", "--output-dir", str(tmp_path)]
+    command = ["benchmarks/two_hosts.sh", "gspo.py", *flags]
+    result = subprocess.run(command, cwd=configs.HERE, env=os.environ | {"PYTHON": sys.executable}, capture_output=True)
+    if b"Operation not permitted" in result.stderr:
+        pytest.skip("no right to make network namespaces")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = tmp_path.glob("gspo-*")
+    assert (folder / "final/model.safetensors").is_file()
