@@ -54,7 +54,10 @@ def start():
     """Meets the other processes, if torchrun has started several and they have not met."""
     if several() and not dist.is_initialized():
         Meetings.store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=Meetings.store, rank=number, world_size=count, timeout=PATIENCE)
 
 

@@ -233,14 +233,12 @@ def test_what_cannot_be_shared_out_is_one_line(small, tmp_path):
     assert codes == [2, 2] and "2 processes have no prompt each; raise --batch-size" in texts[0]
 
 
-@pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("ip") is None, reason="needs the right to make network namespaces"
-)
+@pytest.mark.skipif(shutil.which("ip") is None, reason="no command ip")
 def test_two_hosts_with_addresses_of_their_own_train_together(tmp_path):
     flags = ["--max-steps", "1", "--eval-size", "4", "--batch-size", "4", "--output-dir", str(tmp_path)]
     command = ["benchmarks/two_hosts.sh", "gspo.py", *flags]
     result = subprocess.run(command, cwd=configs.HERE, env=os.environ | {"PYTHON": sys.executable}, capture_output=True)
-    if b"Operation not permitted" in result.stderr:
+    if result.returncode == 77:
         pytest.skip("no right to make network namespaces")
     assert result.returncode == 0, result.stdout + result.stderr
     (folder,) = tmp_path.glob("gspo-*")
