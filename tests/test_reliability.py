@@ -139,12 +139,16 @@ def test_a_resumed_run_of_a_mixture_with_routing_replay_is_the_same_too(tmp_path
     assert_the_same(resumed(script, trainer.run.folder), expected)
 
 
-def test_dapo_carries_surplus_groups_and_rounds_over_the_checkpoint(tmp_path):
-    trainer = set_up(dapo, tmp_path, MAX_STEPS=2)
+@pytest.mark.parametrize("constants", [{}, {"POLICY_MODEL": "data/models/arithmetic-moe", "ROUTING_REPLAY": "r3"}])
+def test_dapo_carries_surplus_groups_and_rounds_over_the_checkpoint(tmp_path, constants):
+    trainer = set_up(dapo, tmp_path, MAX_STEPS=2, **constants)
     trainer.train()
     again = trainer_of(dapo)
     saving.load_state(again, checkpoints.copy_to_cpu(saving.state_of(trainer)))
-    assert again.rounds == trainer.rounds > 0 and len(again.surplus) == len(trainer.surplus)
+    assert again.rounds == trainer.rounds > 0 and len(again.surplus) == len(trainer.surplus) > 0
+    if constants:
+        for mine, other in zip(trainer.surplus, again.surplus, strict=True):
+            assert torch.equal(mine["experts"], other["experts"]) and mine["experts"].any()
     again.policy.load_state_dict(trainer.policy.state_dict())
     one, other = (t.generate_responses_with_group_sampling(3) for t in (trainer, again))
     assert one.texts == other.texts and torch.equal(one.sampled_logps, other.sampled_logps)
@@ -962,10 +966,13 @@ def test_a_run_of_local_files_asks_no_network(tmp_path, monkeypatch):
     assert not asked
 
 
-@pytest.mark.parametrize("at", [7, 17])
-def test_killed_in_the_middle_of_writing_a_checkpoint(tmp_path, whole, at):
-    expected = whole(gspo)
-    trainer, synced, sync = set_up(gspo, tmp_path), [], checkpoints.sync
+MIXTURE = {"POLICY_MODEL": "data/models/arithmetic-moe", "ROUTING_REPLAY": "r2", "MAX_COMPLETION_TOKENS": 24}
+
+
+@pytest.mark.parametrize(("at", "constants"), [(7, {}), (17, {}), (17, MIXTURE)], ids=["7", "17", "mixture"])
+def test_killed_in_the_middle_of_writing_a_checkpoint(tmp_path, whole, at, constants):
+    expected = whole(gspo, **constants)
+    trainer, synced, sync = set_up(gspo, tmp_path, **constants), [], checkpoints.sync
 
     def killed(path):
         synced.extend([path] if "checkpoints" in path.parts else [])

@@ -62,8 +62,8 @@ def main():
     for axis, size in zip(axes, SIZES, strict=True):
         for kind, (label, style) in enumerate((("measured", "ko"), ("forecast", "-"), ("from the mean p", ":"))):
             values = torch.tensor([[one[size][kind] for one in found[point]] for point in points])
-            axis.plot(points, values.mean(1), style, label=label)
-            axis.fill_between(points, values.amin(1), values.amax(1), alpha=0.15)
+            (line,) = axis.plot(points, values.mean(1), style, label=label)
+            axis.fill_between(points, values.amin(1), values.amax(1), color=line.get_color(), alpha=0.15)
         axis.set(title=f"G = {size}", xlabel="training steps of dapo.py", ylabel="share of dead groups", ylim=(0, 1))
     axes[0].legend()
     save(figure, arguments.pictures, "dead_groups")
