@@ -345,7 +345,7 @@ class CISPOTrainer:
         self.sampler = load_sampler(self.constants, inputs, self.devices, self.fit_to_memory)
         self.all_move = self.reference is not None or ENTROPY_COEF + ROUTER_AUX_COEF > 0  # even without an advantage
         self.on_policy = False  # whether a step has a single update, in which π is π_old
-        self.worker = worker_beside(self.policy_device, self.devices.values())
+        self.worker = worker_beside(self.policy_device, self.devices)
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.beside = {}  # further models that train, by name
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
@@ -449,9 +449,9 @@ class CISPOTrainer:
         """Computes log π_old in the very micro-batches in which the updates compute π, so that the first ratios are 1.
 
         In bfloat16 a log-prob depends on what else is in its batch. The sampler's log-probs stay where a completion
-        moves nothing, and in float32 on a CPU, where they are the trainer's.
+        moves nothing, and where they are the trainer's: the own sampler's in float32 on a CPU.
         """
-        with_pass = ROUTING_REPLAY == "r2" or self.sampler.correction == "sequence"  # in any case
+        with_pass = ROUTING_REPLAY == "r2" or self.sampler.correction != ""  # in any case
         self.on_policy = not (self.sampler.exact or with_pass) and CISPO_EPOCHS * MINI_BATCHES == 1
         if self.sampler.exact or self.on_policy or step <= self.constants.resting_steps:
             return

@@ -26,7 +26,7 @@ if sys.version_info < (3, 11):  # noqa: UP036, because transformers 5.23 and lat
     )
 
 HERE = Path(__file__).resolve().parent
-ALONE = 10  # seconds that a process other than the first waits before it says a mistake, unless it is ended by then
+ALONE = 10  # seconds that a process other than process 0 waits before it ends early, because that ends all of them
 
 # Named sets of constants. A preset changes only the constants that it lists here or in the script's own `presets`. The
 # script's values win over the ones here, and flags win over both.
@@ -624,12 +624,13 @@ def choose_devices(constants):
         for name, value in wanted.items()
     }
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if here > 1 and gpus > 0:
+    if here > 1 and gpus > 0 and {*wanted.values()} & {"cuda:0", "cuda:1"}:
         if here > gpus:
             raise InputError(
                 f"torchrun started {here} processes, and this machine has {gpus} GPUs; lower --nproc-per-node"
             )
-        return dict.fromkeys(wanted, torch.device(f"cuda:{os.environ['LOCAL_RANK']}"))
+        own = f"cuda:{os.environ['LOCAL_RANK']}"
+        chosen = wanted = {name: own if value in ("cuda:0", "cuda:1") else value for name, value in wanted.items()}
     for name, value in chosen.items():
         check_device(name, value)
     if chosen != wanted:

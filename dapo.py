@@ -365,7 +365,7 @@ class DAPOTrainer:
         self.sampler = load_sampler(self.constants, inputs, self.devices, self.fit_to_memory)
         self.all_move = self.reference is not None or ENTROPY_COEF + ROUTER_AUX_COEF > 0  # even without an advantage
         self.on_policy = False  # whether a step has a single update, in which π is π_old
-        self.worker = worker_beside(self.policy_device, self.devices.values())
+        self.worker = worker_beside(self.policy_device, self.devices)
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.beside = {}  # further models that train, by name
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
@@ -495,9 +495,9 @@ class DAPOTrainer:
         """Computes log π_old in the very micro-batches in which the updates compute π, so that the first ratios are 1.
 
         In bfloat16 a log-prob depends on what else is in its batch. The sampler's log-probs stay where a completion
-        moves nothing, where an older policy sampled it, and in float32 on a CPU, where they are the trainer's.
+        moves nothing, where an older policy sampled it, and where they are the trainer's: in float32 on a CPU.
         """
-        with_pass = ROUTING_REPLAY == "r2" or self.sampler.correction == "sequence" or rollouts.carried.any()
+        with_pass = ROUTING_REPLAY == "r2" or self.sampler.correction != "" or rollouts.carried.any()
         self.on_policy = not (self.sampler.exact or with_pass) and DAPO_EPOCHS * MINI_BATCHES == 1
         if self.sampler.exact or self.on_policy:
             return

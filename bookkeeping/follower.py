@@ -1,13 +1,14 @@
-"""The run of a process that writes nothing, because another one does: it loads, steps and stops as that one does."""
+"""The run of a process other than process 0, which writes for all: it loads, steps and stops as process 0 does."""
 
 import sys
+import time
 from pathlib import Path
 
 from bookkeeping import checkpoints
 from bookkeeping.folder import finite
 from bookkeeping.saving import load_state
 from bookkeeping.signals import Stopped, StopSignals
-from configs import InputError
+from configs import ALONE, InputError
 from engine import processes
 
 
@@ -33,6 +34,7 @@ class Follower:
     def __exit__(self, kind, *_):
         self.signals.__exit__()
         if kind is Stopped:
+            time.sleep(ALONE)  # torchrun ends all processes when the first one ends, and process 0 has to save
             sys.exit(128 + self.signals.received)
         if kind is None:
             processes.end()

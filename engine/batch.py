@@ -137,7 +137,7 @@ class Batch:
         if left == 0:
             self.place = self.place[:0]
             return tokens[:0]
-        if left > 0.75 * len(tokens) and not full:
+        if left == len(tokens) or left > 0.75 * len(tokens) and not full:
             return tokens
         keep = self.running.nonzero().squeeze(1)
         self.cache.select(keep)

@@ -19,8 +19,8 @@ def corrected_advantages(rollouts, correction):
     """Returns the advantages as the loss takes them, without gradient: (B,), or (B, T) if they are corrected.
 
     "token" multiplies them with min(π_old/π_sampled, 2) of each token: truncated importance sampling (Yao et al. 2025,
-    "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"). A positive factor of the advantage is one
-    of the loss, clipped or not. The others leave them as they are.
+    "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"). The weight is positive, so it scales the
+    clipped loss too. The other corrections do not change the advantages.
     """
     if correction != "token":
         return rollouts.advantages
@@ -42,8 +42,10 @@ def trusted(rollouts, correction):
 
 
 def correction_metrics(rollouts, correction):
-    """Returns what a correction did in a step: sampler_weight, the mean over tokens, and sampler_capped, the share of
-    tokens whose weight is the largest; or sampler_dropped, the share of completions left out. None without one.
+    """Returns metrics of what a correction did in a step; none if there is none.
+
+    "token" has sampler_weight, the mean over tokens, and sampler_capped, the share of tokens whose weight was cut to 2.
+    "sequence" has sampler_dropped, the share of completions that were left out.
 
     A completion that moves nothing has no π_old of its own, and counts as one that agrees.
     """

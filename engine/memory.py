@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import math
+import os
 from collections import Counter
 
 import psutil
@@ -55,9 +56,12 @@ def completions_in_memory(model, wanted, tokens, width):
 
 
 def free_memory(device):
-    """Returns the bytes that are free on a device, those that torch has kept for itself among them."""
+    """Returns the bytes that are free on a device, those that torch has kept for itself among them.
+
+    Processes of one machine share its memory.
+    """
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

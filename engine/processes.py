@@ -2,7 +2,7 @@
 
 All of them hold a step's whole batch. They share the work on it: each samples for some prompts, scores some completions
 and passes some through the models, and gets the others' results. So means, splits and metrics are those of one process.
-With one process each function gives back what it was given.
+With one process, that process does all of the work.
 """
 
 import datetime
@@ -14,6 +14,7 @@ from torch import distributed as dist
 from configs import InputError
 from engine.rollouts import Rollouts
 
+AT_ONCE = 2**26  # numbers in a message, a quarter of a GB
 PATIENCE = datetime.timedelta(minutes=20)  # how long the others wait for a process
 
 
@@ -33,6 +34,8 @@ class Meetings:
         cls.store.set(f"process {rank()}", f"{cls.count} {what}")
         try:
             return work()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise InputError(f"{cls.missing(what)} ({' '.join(str(error).split())[:120]})") from None
 
@@ -42,7 +45,8 @@ class Meetings:
         behind = []
         for other in range(size()):
             try:
-                count, where = cls.store.get(f"process {other}").decode().split(" ", 1)
+                known = cls.store.check([f"process {other}"])  # get would wait for it
+                count, where = cls.store.get(f"process {other}").decode().split(" ", 1) if known else ("0", "its start")
             except RuntimeError:  # the store has gone, with the process that held it
                 return f"the other processes cannot be reached, for {what}"
             if int(count) < cls.count:
@@ -52,7 +56,7 @@ class Meetings:
 
 def start():
     """Meets the other processes, if torchrun has started several and they have not met."""
-    if several() and not dist.is_initialized():
+    if several() and Meetings.store is None:
         Meetings.store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
         backend = "gloo"
         if torch.cuda.is_available():
@@ -63,9 +67,10 @@ def start():
 
 def end():
     """Parts from the other processes, once all are done."""
-    if dist.is_initialized():
+    if Meetings.store is not None:
         from_all(None, "the end")
         dist.destroy_process_group()
+        Meetings.store = None
 
 
 def several():
@@ -75,12 +80,12 @@ def several():
 
 def size():
     """Returns the number of processes that have met."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if Meetings.store is not None else 1
 
 
 def rank():
     """Returns the number of this process, from 0. Process 0 writes the run's folder."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if Meetings.store is not None else 0
 
 
 def own(things):
@@ -114,19 +119,29 @@ def from_all(thing, what):
 
 
 def sum_over_processes(tensor, what):
-    """Returns the sum of a tensor over all processes."""
+    """Replaces a tensor by its sum over all processes, and returns it."""
     if size() > 1:
-        tensor = tensor.clone()
+        if tensor.is_cuda:
+            from_all(None, what)  # a GPU's sum is only begun here, so who is missing must be found before
         Meetings.hold(what, lambda: dist.all_reduce(tensor))
     return tensor
 
 
 def add_up(tensors, what):
-    """Replaces tensors by their sums over all processes, in float32 and in one message."""
-    if size() > 1:
-        flat = sum_over_processes(torch.cat([tensor.detach().float().flatten() for tensor in tensors]), what)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.detach().copy_(total.view_as(tensor))
+    """Replaces tensors by their sums over all processes, in float32, about AT_ONCE numbers in a message."""
+    if size() == 1:
+        return
+    parts, room = [[]], AT_ONCE
+    for tensor in tensors:
+        if parts[-1] and tensor.numel() > room:
+            parts.append([])
+            room = AT_ONCE
+        parts[-1].append(tensor.detach())
+        room -= tensor.numel()
+    for part in parts:
+        flat = sum_over_processes(torch.cat([tensor.float().flatten() for tensor in part]), what)
+        for tensor, total in zip(part, flat.split([tensor.numel() for tensor in part]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
 
 def in_shares(sampler, rows, group_size, uniform, **settings):

@@ -5,13 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from engine.processes import several
 
 
-def worker_beside(device, others):
-    """Returns an executor for the work of the other models.
+def worker_beside(device, devices):
+    """Returns an executor for the work of the other models. devices: {"REF_DEVICE": ...}, SAMPLER_DEVICE among them.
 
     It is a thread if one of their devices is not the policy's, and a LazyWorker otherwise. Several processes need one
     order of their work, so they have no thread.
     """
-    return ThreadPoolExecutor(1) if {*others} - {device} and not several() else LazyWorker()
+    others = {value for name, value in devices.items() if name != "SAMPLER_DEVICE"} - {device}
+    return ThreadPoolExecutor(1) if others and not several() else LazyWorker()
 
 
 class LazyWorker:

@@ -8,6 +8,7 @@ import transformers
 from configs import InputError
 from engine.packing import batches_of
 from engine.precision import dtype_of
+from engine.processes import from_all
 from inputs.errors import short
 from inputs.models import check_vocabulary, load_model, load_tokenizer
 
@@ -91,7 +92,8 @@ class RewardModel:
 
     def report(self):
         """Returns the share of texts that were cut since the last report."""
-        seen, cut, self.seen, self.cut = self.seen, self.cut, 0, 0
+        seen, cut = map(sum, zip(*from_all((self.seen, self.cut), "scoring"), strict=True))
+        self.seen = self.cut = 0
         return {"reward_cut": cut / max(1, seen)}
 
 
