@@ -141,8 +141,11 @@ def test_a_resumed_run_of_a_mixture_with_routing_replay_is_the_same_too(tmp_path
 
 @pytest.mark.parametrize("constants", [{}, {"POLICY_MODEL": "data/models/arithmetic-moe", "ROUTING_REPLAY": "r3"}])
 def test_dapo_carries_surplus_groups_and_rounds_over_the_checkpoint(tmp_path, constants):
-    trainer = set_up(dapo, tmp_path, MAX_STEPS=2, **constants)
-    trainer.train()
+    trainer = set_up(dapo, tmp_path, GROUP_SIZE=8, **constants)
+    for step in range(1, 9):  # until a step has surplus groups
+        trainer.train_step(step)
+        if trainer.surplus:
+            break
     again = trainer_of(dapo)
     saving.load_state(again, checkpoints.copy_to_cpu(saving.state_of(trainer)))
     assert again.rounds == trainer.rounds > 0 and len(again.surplus) == len(trainer.surplus) > 0
@@ -150,7 +153,8 @@ def test_dapo_carries_surplus_groups_and_rounds_over_the_checkpoint(tmp_path, co
         for mine, other in zip(trainer.surplus, again.surplus, strict=True):
             assert torch.equal(mine["experts"], other["experts"]) and mine["experts"].any()
     again.policy.load_state_dict(trainer.policy.state_dict())
-    one, other = (t.generate_responses_with_group_sampling(3) for t in (trainer, again))
+    one, other = (t.generate_responses_with_group_sampling(step + 1) for t in (trainer, again))
+    assert one.carried.any() and torch.equal(one.carried, other.carried)
     assert one.texts == other.texts and torch.equal(one.sampled_logps, other.sampled_logps)
     assert [row["prompt"] for row in one.prompts] == [row["prompt"] for row in other.prompts]
 
