@@ -34,10 +34,15 @@ class Batch:
     # -- Enter
 
     def fill(self):
-        """Lets completions enter if a quarter of the batch is free, because each time their prompts go through."""
-        if self.entered == self.total or len(self.place) > 0.75 * self.at_once:
+        """Lets completions enter if a quarter of the batch is free, because each time their prompts go through.
+
+        Groups enter as a whole if the batch has room for one, because a group's prompt then goes through once.
+        """
+        room = self.at_once - len(self.place)
+        room -= room % self.group_size if self.at_once >= self.group_size else 0
+        if self.entered == self.total or room < max(1, 0.25 * self.at_once):
             return
-        last = min(self.total, self.entered + self.at_once - len(self.place))
+        last = min(self.total, self.entered + room)
         hidden, cache, start, place = self.read_prompts(range(self.entered, last))
         age, running = torch.zeros_like(place), torch.ones_like(place, dtype=torch.bool)
         if len(self.place):

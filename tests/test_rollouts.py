@@ -412,8 +412,9 @@ def test_a_completion_that_waits_takes_the_room_of_one_that_ended_and_stays_the_
     assert found.texts == expected.texts and found.prompts == expected.prompts
     assert torch.equal(found.input_ids, expected.input_ids) and torch.equal(found.truncated, expected.truncated)
     torch.testing.assert_close(found.sampled_logps, expected.sampled_logps, rtol=1e-4, atol=1e-5)
-    assert max(in_work) == at_once and max(widths) <= max(len(row["prompt_ids"]) for row in rows) + 24
-    parts = expected.completion_lengths.split(at_once)
+    most = at_once if at_once < 4 else at_once - at_once % 4  # groups of four enter as a whole
+    assert most <= max(in_work) <= at_once and max(widths) <= max(len(row["prompt_ids"]) for row in rows) + 24
+    parts = expected.completion_lengths.split(most)
     if every == 1 and 2 < at_once < 15:
         assert len(in_work) < sum(int(some.max()) for some in parts)  # steps if a part waited for the one before
 

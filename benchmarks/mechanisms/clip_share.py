@@ -19,9 +19,9 @@ WIDTHS = (0.125, 0.25, 0.5, 1, 2, 4, 8)  # ε over the standard deviation of the
 LEVELS = {"sequence": "GSPO", "token": "GRPO"}
 
 
-def share_without_gradient(rollouts, logps, level, clip):
+def share_without_gradient(rollouts, logps, level, low, high):
     """Returns the share of tokens whose gradient is zero, of completions with an advantage."""
-    gspo.RATIO_LEVEL, gspo.CLIP_LOW, gspo.CLIP_HIGH = level, min(clip, 0.999), clip
+    gspo.RATIO_LEVEL, gspo.CLIP_LOW, gspo.CLIP_HIGH = level, min(low, 0.999), high
     logps = logps.clone().requires_grad_()
     mask = rollouts.completion_mask
     loss, _ = gspo.compute_policy_loss(logps, rollouts.old_logps, rollouts.advantages, mask)
@@ -38,16 +38,16 @@ def deviations(rollouts, logps):
 
 
 def main():
-    shipped = {"sequence": gspo.CLIP_HIGH, "token": grpo.CLIP_HIGH}
+    shipped = {"sequence": (gspo.CLIP_LOW, gspo.CLIP_HIGH), "token": (grpo.CLIP_LOW, grpo.CLIP_HIGH)}
     arguments = parse(__doc__, seeds=3, prompts=256, steps=5)
     shares, at_shipped = {level: [] for level in LEVELS}, {level: [] for level in LEVELS}
     for seed in range(arguments.seeds):
         rollouts, logps = after_updates(seed, arguments.prompts, arguments.steps)
         for level, deviation in deviations(rollouts, logps).items():
             clips = [width * deviation for width in WIDTHS]
-            shares[level].append([share_without_gradient(rollouts, logps, level, clip) for clip in clips])
-            share = share_without_gradient(rollouts, logps, level, shipped[level])
-            at_shipped[level].append((shipped[level] / deviation, share))
+            shares[level].append([share_without_gradient(rollouts, logps, level, clip, clip) for clip in clips])
+            share = share_without_gradient(rollouts, logps, level, *shipped[level])
+            at_shipped[level].append((statistics.mean(shipped[level]) / deviation, share))
     print("| ε over std | " + " | ".join(str(width) for width in WIDTHS) + " | as shipped | its ε over std |")
     print("|---|" + "---|" * (len(WIDTHS) + 2))
     figure, (axis,) = figure_of(1)

@@ -103,9 +103,12 @@ def main():
         print(f"| {name} | " + " | ".join(spread(values) for values in columns.values()) + " |")
     figure, (left, right) = figure_of(2)
     for offset, kind in ((-0.2, "reverse"), (0.2, "forward")):
-        means = [statistics.mean(rows[name][kind]) for name in ESTIMATORS]
+        values = [rows[name][kind] for name in ESTIMATORS]
+        means = [statistics.mean(one) for one in values]
+        ranges = [[mean - min(one) for mean, one in zip(means, values, strict=True)]]
+        ranges.append([max(one) - mean for mean, one in zip(means, values, strict=True)])
         label = {"reverse": "∇KL(π ‖ π_ref)", "forward": "∇KL(π_ref ‖ π)"}[kind]
-        left.bar([place + offset for place in range(4)], means, 0.38, label=f"with {label}")
+        left.bar([place + offset for place in range(4)], means, 0.38, yerr=ranges, capsize=3, label=f"with {label}")
     left.set_xticks(range(4), ESTIMATORS)
     left.set(title="Which KL's gradient is it?", ylabel="cosine of expected gradients; k1 has none")
     left.set_ylim(0, 1.3)
@@ -114,7 +117,7 @@ def main():
     right.bar(places, shown[0], color="0.85", label="π_ref · exp(R / β) / Z")
     for marker, name in zip("xo^.", ESTIMATORS, strict=True):
         right.plot(places, shown[1][name], marker, label=name)
-    right.set(title="Where does a long run end?", xlabel="completion", ylabel="probability")
+    right.set(title="Where does a long run end? (seed 0)", xlabel="completion", ylabel="probability")
     right.legend()
     save(figure, arguments.pictures, "kl_estimators")
 

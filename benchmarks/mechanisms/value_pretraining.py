@@ -56,7 +56,9 @@ def main():
         columns = [variances[:, :few].nanmean(1), variances[:, -few:].nanmean(1), biases[:, 0], biases[:, -1]]
         print(f"| {name} | " + " | ".join(spread(column.tolist()) for column in columns) + " |")
         draw_seeds(left, variances, name)
-        right.plot(range(1, FIFTHS + 1), biases.mean(0), "o-", label=name)
+        fifths = range(1, FIFTHS + 1)
+        (line,) = right.plot(fifths, biases.mean(0), "o-", label=name)
+        right.fill_between(fifths, biases.amin(0), biases.amax(0), color=line.get_color(), alpha=0.15)
     left.set(title="Explained variance of the returns", xlabel="training steps of the policy", ylim=(-0.3, 0.5))
     right.set(title="Bias of the values", xlabel="fifth of a completion's tokens", ylabel="mean of value − outcome")
     left.legend()
