@@ -82,7 +82,10 @@ class VLLMSampler:
         seeds = [None] * len(prompts) if uniform is None else (uniform[:, 0] * 2**31).long().tolist()
         common["temperature"] = 0.0 if uniform is None else temperature
         how = [self.parameters(**common, seed=seed) for seed in seeds]
-        found = [one.outputs[0] for one in self.engine.generate(prompts, how, use_tqdm=False)]
+        try:
+            found = [one.outputs[0] for one in self.engine.generate(prompts, how, use_tqdm=False)]
+        except RuntimeError as error:  # such as heads of a size that it does not know
+            raise InputError(f"vLLM cannot sample from this model: {error}; give --sampler own") from None
         self.rest()
         lengths = torch.tensor([len(one.token_ids) for one in found])
         ids = torch.full((len(found), max_tokens), self.tokenizer.pad_token_id)

@@ -134,6 +134,10 @@ def test_adapters_are_merged_into_what_is_pushed_and_the_policy_stays(small, eng
 def test_what_goes_wrong_in_vllm_is_named(small, engine):
     small.SAMPLER = "vllm"
     trainer = trainer_of(small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "generate", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("head_dim=24")))
+        with pytest.raises(configs.InputError, match="cannot sample from this model: head_dim=24; give --sampler own"):
+            trainer.sample(trainer.train_rows[:1], 2, ("test",))
     Engine.last.bad = True
     with pytest.raises(configs.InputError, match="no finite log-prob for"):
         trainer.sample(trainer.train_rows[:1], 2, ("test",))
