@@ -24,6 +24,15 @@ def test_a_benchmark_prints_its_table(name, rows, monkeypatch, capsys):
     assert not any("nan" in line or "None" in line for line in table)
 
 
+def test_the_ways_of_computing_experts_are_compared(monkeypatch, capsys):
+    flags = "--preset moe --batch-size 2 --group-size 4 --max-completion-tokens 8"
+    monkeypatch.setattr(sys, "argv", ["experts", "--rounds", "1", "--flags", flags])
+    importlib.import_module("experts").main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| eager", "| grouped_mm", "| batched_mm"]
+    assert rows[0][-2:] == ["0 of 1", "0e+00 |"]
+
+
 def test_each_way_of_saving_time_can_be_left_out():
     import parts
 

@@ -80,6 +80,7 @@ def test_every_flag_named_exists(page):
         "benchmarks/parts",
         "benchmarks/floor",
         "benchmarks/processes",
+        "benchmarks/experts",
         "benchmarks/scaling",
         "data/make_arithmetic",
     ]:

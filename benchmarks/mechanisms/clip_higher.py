@@ -3,7 +3,8 @@
     python benchmarks/mechanisms/clip_higher.py              three seeds
     python benchmarks/mechanisms/clip_higher.py --seeds 1 --steps 3
 
-dapo.py trains on the embedded task with 16 updates per step, as in its paper, and CLIP_HIGH at 0.2, 0.28 and 0.5. After
+dapo.py trains on the embedded task with 16 updates per step, as in its paper, and CLIP_HIGH at 0.2, 0.28 and 0.5. There
+is no dynamic sampling, so that each clip gets as many samples. After
 each step's updates, the rare tokens of its better completions are read: those whose probability under π_old was below
 0.2. It prints the entropy of the policy at the start and the end, the share of these tokens whose ratio is above the
 clip, so that they have no gradient any more, and the held-out accuracy at the end. It draws
@@ -18,7 +19,7 @@ CLIPS, RARE = (0.2, 0.28, 0.5), 0.2
 
 def run(seed, steps, clip):
     """Returns the entropy and the share of clipped rare tokens in each step, (steps, 2), and held-out accuracy."""
-    settings = {"SEED": seed, "MAX_STEPS": steps, "MINI_BATCHES": 16, "CLIP_HIGH": clip}
+    settings = {"SEED": seed, "MAX_STEPS": steps, "MINI_BATCHES": 16, "CLIP_HIGH": clip, "DYNAMIC_SAMPLING": False}
     trainer, rows = trainer_of(dapo, **settings), []
     update_policy = trainer.update_policy
 

@@ -5,11 +5,14 @@ import contextlib
 import io
 import os
 import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the scripts set it, too, before they import torch
 
+import psutil
 import torch
 from matplotlib.figure import Figure
 
@@ -68,6 +71,14 @@ def spread(values, digits=3):
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def processor():
+    """Returns the processor's name, as Linux has it."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "an unknown one")
+    return "an unknown one"
+
+
 def figure_of(panels):
     """Returns a figure with a row of panels, and the panels."""
     figure = Figure(figsize=(6 * panels, 4), layout="constrained")
@@ -88,4 +99,6 @@ def draw_seeds(axis, values, label):
 def save(figure, folder, name):
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=80)
-    print(f"\n{folder / name}.png")
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    seconds, cores = time.time() - psutil.Process().create_time(), torch.get_num_threads()
+    print(f"\n{folder / name}.png, {seconds:.0f} s on {cores} cores of {processor()}, at commit {commit.strip()}")

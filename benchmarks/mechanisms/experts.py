@@ -1,6 +1,7 @@
 """What an update does to a mixture's routing, and what routing replay does to the importance ratios.
 
     python benchmarks/mechanisms/experts.py                  three seeds
+    python benchmarks/mechanisms/experts.py --updates 1      after one update in place of a step's four
     python benchmarks/mechanisms/experts.py --seeds 1 --prompts 32
 
 The policy is the trained mixture of the embedded task, which `python data/make_arithmetic.py --stages moe` makes: on
@@ -48,7 +49,7 @@ def spreads(trainer, rollouts, old_logps, replay):
 
 
 def main():
-    arguments = parse(__doc__, seeds=3, prompts=128, steps=5, model="data/models/arithmetic-moe")
+    arguments = parse(__doc__, seeds=3, prompts=128, steps=5, updates=4, model="data/models/arithmetic-moe")
     changed, found = [], {quantity: {"": [], "r3": []} for quantity in QUANTITIES}
     for seed in range(arguments.seeds):
         settings = {"SEED": seed, "BATCH_SIZE": arguments.prompts, "REWARDS": "exact_match", "KL_COEF": 0.0}
@@ -61,6 +62,7 @@ def main():
             found[QUANTITIES[2]][replay].append(spreads(trainer, others, others.sampled_logps, replay)[0])
         gspo.ROUTING_REPLAY = ""
         for step in range(1, arguments.steps + 1):
+            gspo.MINI_BATCHES = arguments.updates if step == arguments.steps else 4
             rollouts = scored_rollouts(trainer, step)
             trainer.update_policy(rollouts, step)
         metrics = routing_metrics(trainer.policy, rollouts, len(rollouts.texts), gspo.MICRO_BATCH_TOKENS, "auto")
@@ -70,7 +72,7 @@ def main():
                 QUANTITIES, spreads(trainer, rollouts, rollouts.old_logps, replay), strict=False
             ):
                 found[quantity][replay].append(value)
-    print(f"expert sets changed by a step's updates: {spread(changed)} of (token, layer)\n")
+    print(f"expert sets changed by the updates, {arguments.updates}: {spread(changed)} of (token, layer)\n")
     print("| quantity | own experts | replayed | replayed over own |\n|---|---|---|---|")
     figure, (axis,) = figure_of(1)
     for place, (quantity, by_replay) in enumerate(found.items()):

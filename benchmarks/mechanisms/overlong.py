@@ -4,6 +4,7 @@
     python benchmarks/mechanisms/overlong.py --seeds 1 --steps 4
 
 dapo.py trains on the embedded task with a limit of 32 tokens, which cuts many of the policy's rambling completions.
+There is no dynamic sampling, so that each way gets as many samples.
 OVERLONG_CACHE is the length over which the penalty grows from 0 to 1 below the limit, 0 for none. OVERLONG_FILTER
 leaves completions without an end out of the loss. It prints the share of truncated completions and of those in the last
 quarter below the limit, at the start and at the end, and the held-out accuracy at the end. It draws
@@ -20,7 +21,7 @@ WAYS = {"neither": (0, False), "soft penalty": (8, False), "filter": (0, True), 
 def run(seed, steps, cache, filtered):
     """Returns the share of truncated completions and of those near the limit in each step, and held-out accuracy."""
     settings = {"SEED": seed, "MAX_STEPS": steps, "MAX_COMPLETION_TOKENS": LIMIT, "OVERLONG_CACHE": cache}
-    trainer, rows = trainer_of(dapo, **settings, OVERLONG_FILTER=filtered), []
+    trainer, rows = trainer_of(dapo, **settings, OVERLONG_FILTER=filtered, DYNAMIC_SAMPLING=False), []
     for step in range(1, steps + 1):
         trainer.train_step(step)
         lengths = torch.cat([part.completion_lengths for part in trainer.drawn])
