@@ -220,6 +220,10 @@ class Constants:
         """Returns whether an evaluation follows a step; step 0 is before training."""
         return step in (0, self.MAX_STEPS) or (self.EVAL_EVERY > 0 and step % self.EVAL_EVERY == 0)
 
+    def checkpoint_is_due(self, step):
+        """Returns whether a checkpoint follows a step."""
+        return step > 0 and self.SAVE_EVERY > 0 and (step == self.MAX_STEPS or step % self.SAVE_EVERY == 0)
+
     def values(self):
         """Returns {name: value}."""
         return {name: value for name, value in vars(self).items() if name.isupper()}
@@ -458,6 +462,7 @@ RULES = {
         _is_json_object,
         """a JSON object, such as '{"reasoning_effort": "low"}', or empty""",
     ),
+    "SHARD": (bool, (True, False), None),
     "SAMPLER": (str, ("own", "vllm"), None),
     "SAMPLER_MEMORY": (float, lambda v: 0 < v < 1, "a share of the device's memory, in (0, 1)"),
     "SAMPLER_CORRECTION": (str, ("auto", "", "token", "sequence"), None),
@@ -545,8 +550,6 @@ def _validate_together(values, namespace):
     if not values["USE_SEQUENCE_LEVEL_REWARD"] and not re.search(r"\breward_model\b", values["REWARDS"]):
         raise InputError("USE_SEQUENCE_LEVEL_REWARD = False is for a reward model; add it: --rewards reward_model")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and values["SAMPLER"] == "vllm":
-        raise InputError("SAMPLER = 'vllm' works in one process; give --sampler own, or start the script with python")
     if processes > 1 and values["SELFTEST"]:
         raise InputError("SELFTEST is for one process; start the script with python")
     if processes > min(values["BATCH_SIZE"], values["EVAL_SIZE"]):
@@ -585,6 +588,8 @@ def warn_about_constants(constants):
     epochs = next(value for name, value in constants.values().items() if name.endswith("_EPOCHS"))
     if epochs * constants.MINI_BATCHES == 1:
         print("Warning: one update per rollout, so the ratio is always 1 and the clip is dead; raise MINI_BATCHES")
+    if constants.SHARD and (constants.LORA_RANK > 0 or int(os.environ.get("WORLD_SIZE", "1")) == 1):
+        print("Note: SHARD shares out weights that train among the processes of torchrun; here there are none to share")
     if constants.TOP_P < 1:
         print(f"Warning: TOP_P = {constants.TOP_P} below 1 samples from another distribution than the ratio assumes")
 

@@ -96,6 +96,7 @@ PRESET = ""  # name of a set of constants in configs.py, such as "smoke"
 POLICY_DEVICE = "cuda:0"  # policy and optimizer
 REF_DEVICE = "cuda:1"  # reference model
 REWARD_DEVICE = "cuda:1"  # reward model
+SHARD = False  # under torchrun: each process keeps a share of weights, gradients and optimizer state; docs/scaling.md
 
 # Sampling
 SAMPLER = "own"  # who samples: "own" is engine/sampling.py, and "vllm" needs requirements-vllm.txt (docs/vllm.md)
@@ -450,8 +451,8 @@ class DAPOTrainer:
     @torch.no_grad()
     def compute_log_probs(self, model, rollouts, purpose="log-probs"):
         """Log-probs of all completions under a model: (B, T) on its device."""
-        logps_of = functools.partial(in_micro_batches, rollouts, lambda part: completion_logps(model, part)[0])
-        return self.fit_to_memory(purpose, MICRO_BATCH_TOKENS, logps_of).to(model.device)  # even if there are none
+        work = functools.partial(in_micro_batches, rollouts, lambda part: completion_logps(model, part)[0], model=model)
+        return self.fit_to_memory(purpose, MICRO_BATCH_TOKENS, work).to(model.device)  # even if there are none
 
     def compute_ref_logps(self, rollouts):
         """log π_ref, (B, T): of the reference model, or of the policy without its adapter; None without a KL term."""
@@ -541,15 +542,14 @@ class DAPOTrainer:
     def compute_gradient(self, batch, budget):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
-        Returns logps (B, T), without gradient, and the losses. Rows that move nothing stay out, and have old_logps. If
-        there are several processes, each one does some of the micro-batches.
+        Returns logps (B, T), without gradient, and the losses. Rows that move nothing stay out, and have old_logps.
         """
         chosen = self.moving(batch).nonzero().squeeze(1)
         moving, logps = batch.select(chosen), torch.zeros_like(batch.old_logps)
         stats = {"policy_loss": torch.zeros((), device=self.policy_device)}
         self.optimizer.zero_grad()
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
-        for rows in micro_batches(moving, budget):
+        for rows in micro_batches(moving, budget, self.policy):
             part = moving.select(rows)
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
             if self.on_policy:

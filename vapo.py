@@ -95,6 +95,7 @@ PRESET = ""  # name of a set of constants in configs.py, such as "smoke"
 POLICY_DEVICE = "cuda:0"  # policy and optimizer
 REF_DEVICE = "cuda:1"  # reference model
 REWARD_DEVICE = "cuda:1"  # reward model
+SHARD = False  # under torchrun: each process keeps a share of weights, gradients and optimizer state; docs/scaling.md
 CRITIC_DEVICE = "cuda:1"  # critic and its optimizer
 
 # Sampling
@@ -425,8 +426,8 @@ class VAPOTrainer:
     @torch.no_grad()
     def compute_log_probs(self, model, rollouts, purpose="log-probs"):
         """Log-probs of all completions under a model: (B, T) on its device."""
-        logps_of = functools.partial(in_micro_batches, rollouts, lambda part: completion_logps(model, part)[0])
-        return self.fit_to_memory(purpose, MICRO_BATCH_TOKENS, logps_of).to(model.device)  # even if there are none
+        work = functools.partial(in_micro_batches, rollouts, lambda part: completion_logps(model, part)[0], model=model)
+        return self.fit_to_memory(purpose, MICRO_BATCH_TOKENS, work).to(model.device)  # even if there are none
 
     def compute_ref_logps(self, rollouts):
         """log π_ref, (B, T): of the reference model, or of the policy without its adapter; None without a KL term."""
@@ -439,7 +440,7 @@ class VAPOTrainer:
     def compute_values(self, rollouts, after=0):
         """The critic's values, (B, T) on the policy's device. after: as in completion_values."""
         compute = functools.partial(completion_values, self.critic.model, after=after)
-        values_of = functools.partial(in_micro_batches, rollouts, compute)
+        values_of = functools.partial(in_micro_batches, rollouts, compute, model=self.critic.model)
         return self.fit_to_memory("values", MICRO_BATCH_TOKENS, values_of).to(self.policy_device)
 
     def add_scores(self, rollouts, step, clock):
@@ -520,7 +521,7 @@ class VAPOTrainer:
         model, stats = self.critic.model, {}
         self.critic.optimizer.zero_grad()
         model.train(GRADIENT_CHECKPOINTING)
-        for rows in micro_batches(batch, budget):
+        for rows in micro_batches(batch, budget, model):
             part = batch.select(rows)
             values, share = completion_values(model, part), part.completion_mask.sum() / batch.completion_mask.sum()
             part = part.to(model.device)
@@ -550,15 +551,14 @@ class VAPOTrainer:
     def compute_gradient(self, batch, budget):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
-        Returns logps (B, T), without gradient, and the losses. Rows that move nothing stay out, and have old_logps. If
-        there are several processes, each one does some of the micro-batches.
+        Returns logps (B, T), without gradient, and the losses. Rows that move nothing stay out, and have old_logps.
         """
         chosen = self.moving(batch).nonzero().squeeze(1)
         moving, logps = batch.select(chosen), torch.zeros_like(batch.old_logps)
         stats = {"policy_loss": torch.zeros((), device=self.policy_device)}
         self.optimizer.zero_grad()
         self.policy.train(GRADIENT_CHECKPOINTING)  # it works in training mode alone; there is no dropout
-        for rows in micro_batches(moving, budget):
+        for rows in micro_batches(moving, budget, self.policy):
             part = moving.select(rows)
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
             if self.on_policy:

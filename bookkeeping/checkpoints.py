@@ -22,9 +22,12 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 
 from bookkeeping.policy_files import load_policy
 from configs import InputError
+from engine.processes import rank
+from engine.sharding import whole
 
 MARKER = "checkpoint.json"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch.save and safetensors raise these on a full disk
@@ -148,15 +151,18 @@ def load(path, policy, adapter):
 def copy_to_cpu(value):
     """Returns a copy of a state with its tensors on the CPU, so that a thread can write it.
 
-    Tensors that share memory still share it in the copy.
+    Tensors that share memory still share it in the copy. If tensors are sharded, all processes call this, and only
+    process 0 keeps what it returns.
     """
     seen = {}
 
     def copied(value):
         if isinstance(value, torch.Tensor):
-            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            sharded = isinstance(value, DTensor)
+            key = id(value) if sharded else (value.data_ptr(), value.shape, value.stride(), value.dtype)
             if value.numel() == 0 or key not in seen:
-                seen[key] = value.detach().to("cpu", copy=True)
+                copy = whole(value.detach())
+                seen[key] = copy.to("cpu", copy=not sharded) if rank() == 0 else None
             return seen[key]
         if isinstance(value, dict):
             return {name: copied(item) for name, item in value.items()}

@@ -97,7 +97,7 @@ def routing_metrics(policy, rollouts, group_size, token_budget, compute_dtype):
     loads = loads_of(experts_of_tokens(rollouts), routing.routers[0].num_experts)  # (layers, experts)
     last = rollouts[-group_size:]
     changed, entropies = [], []
-    for rows in micro_batches(last, token_budget):
+    for rows in micro_batches(last, token_budget, policy):
         part = last.select(rows)
         before, part.experts = experts_of_tokens(part).sort(-1).values, None
         with autocast(policy.device, compute_dtype):

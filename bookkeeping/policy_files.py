@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from configs import InputError
+from engine.sharding import is_sharded, part_like, plain_class
 from engine.weights import whole_weights
 from inputs.errors import LOAD_ERRORS
 from inputs.models import load_model
@@ -13,7 +14,7 @@ from inputs.models import load_model
 
 def policy_weights(model, adapter=None):
     """Returns the weights that a checkpoint holds, {name: tensor}: all of them, or only the adapter's."""
-    weights = model.state_dict() if adapter is None else adapter.state_dict()
+    weights = model.state_dict(keep_vars=is_sharded(model)) if adapter is None else adapter.state_dict()
     return weights if adapter is None else {name: value for name, value in weights.items() if ".lora_" in name}
 
 
@@ -40,7 +41,7 @@ def load_policy(folder, model, adapter=None):
     """
     name = str(folder)
     if adapter is None:
-        saved = load_model(type(model), name, "checkpoint", torch.device("cpu"), dtype=model.dtype)
+        saved = load_model(plain_class(model), name, "checkpoint", torch.device("cpu"), dtype=model.dtype)
         saved = dict(saved.named_parameters()) | dict(saved.named_buffers())
         mine = dict(model.named_parameters()) | dict(model.named_buffers())
     else:
@@ -54,4 +55,4 @@ def load_policy(folder, model, adapter=None):
     if wrong := sorted(saved.keys() ^ mine.keys()) or [key for key in mine if saved[key].shape != mine[key].shape]:
         raise InputError(f"checkpoint {name}: its weights do not fit the policy: {wrong[:3]}; give the run's own model")
     for key, value in mine.items():
-        value.copy_(saved[key])
+        value.copy_(part_like(saved[key], value))

@@ -10,6 +10,7 @@ import torch
 from bookkeeping import checkpoints
 from bookkeeping.folder import sha256_of_rewards
 from configs import KINDS, InputError, as_saved, constants_in, expand_home
+from engine.sharding import whole
 from engine.steps import learning_rate_at
 
 # Constants that may change when a run is resumed: how long, how often, where, and how much at once. A script names more
@@ -17,7 +18,7 @@ from engine.steps import learning_rate_at
 MAY_CHANGE = (
     *("MAX_STEPS", "EVAL_EVERY", "SAVE_EVERY", "KEEP_CHECKPOINTS", "SAMPLE_GROUPS", "TENSORBOARD", "WANDB_PROJECT"),
     *("OUTPUT_DIR", "RESUME", "MICRO_BATCH_TOKENS", "SAMPLED_AT_ONCE", "SAMPLER_MEMORY", "LOGITS_AT_ONCE"),
-    *("GRADIENT_CHECKPOINTING", "MERGE_LORA", "PROFILE", "PANELS"),
+    *("GRADIENT_CHECKPOINTING", "MERGE_LORA", "PROFILE", "PANELS", "SHARD"),
 )
 # These may change, too, if the run has fingerprints of their content. So the files may move, but not change.
 MADE_FROM = ("PROMPTS", "EVAL_PROMPTS", "POLICY_MODEL", "REWARD_MODEL", "CRITIC_MODEL")
@@ -170,7 +171,8 @@ def fingerprints(trainer):
 @torch.no_grad()
 def _sums_of_bits(model):
     weights = {name: value for name, value in model.named_parameters() if ".lora_" not in name}
-    return [(name, value.bfloat16().view(torch.int16).sum(dtype=torch.long).item()) for name, value in weights.items()]
+    bits = ((name, whole(value).bfloat16().view(torch.int16)) for name, value in weights.items())
+    return [(name, value.sum(dtype=torch.long).item()) for name, value in bits]
 
 
 def check_fingerprints(files, constants, found):

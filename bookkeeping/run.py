@@ -25,6 +25,7 @@ from bookkeeping.saving import Saver, load_state, state_of
 from bookkeeping.signals import Stopped, StopSignals, lossy_streams
 from configs import InputError
 from engine import processes
+from engine.sharding import is_sharded
 from inputs.libraries import quiet_libraries
 from scoring.rules import Rewards
 
@@ -103,10 +104,10 @@ class Run:
         if checkpoint:
             self._load(checkpoint)
         self._begin(checkpoint, made_from)
+        processes.from_all(str(checkpoint or ""), "the start of the run")
         self._try_to_save()
         trainer.rewards.log = trainer.eval_reward.log = self._log_failures
         self.boards.open(self.files, self.done + 1 if self.history else None)
-        processes.from_all(str(checkpoint or ""), "the start of the run")
 
     # -- Before the first step
 
@@ -210,11 +211,11 @@ class Run:
         """Logs, saves and draws whatever is due. metrics: those of the step and of its evaluation."""
         self._lap("evaluation")
         self.signals.interruptible = False
-        last, save_every = step == self.constants.MAX_STEPS, self.constants.SAVE_EVERY
+        last = step == self.constants.MAX_STEPS
         self._log(step, metrics)
         self.unfinished = None
         self._check_updates(metrics)
-        if step > 0 and save_every > 0 and (last or step % save_every == 0):
+        if self.constants.checkpoint_is_due(step):
             self.checkpoint()
         if last:
             self.saver.final()
@@ -300,6 +301,7 @@ class Run:
     def __exit__(self, kind, error, _):
         with self.closing:
             can_save = not self.in_step or self.signals.interruptible  # the weights are between two steps
+            can_save &= kind is Stopped or not is_sharded(self.trainer.policy)  # which then takes all processes
             self.signals.interruptible = False
             if kind is Stopped or (kind and issubclass(kind, Exception)):
                 self._end_early(kind, error, can_save)
@@ -313,7 +315,13 @@ class Run:
         Raises SystemExit after a signal, and InputError if a person can do something about the error.
         """
         stopped, step = kind is Stopped, self.done + self.in_step
-        saved = can_save and self.saver.wait() and self.checkpoint() and self.saver.wait()
+        try:
+            processes.Meetings.explain(error)
+        except InputError as explained:
+            kind, error = InputError, explained
+        saved = can_save and self.checkpoint() and self.saver.wait()
+        if stopped and is_sharded(self.trainer.policy):
+            processes.from_all(None, "the checkpoint")  # the others wait, because torchrun ends all with the first
         path = checkpoints.newest(self.folder)
         if self.history[1:]:
             self._draw()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from bookkeeping import checkpoints
 from bookkeeping.policy_files import policy_weights, save_merged, save_policy
 from configs import InputError
+from engine.sharding import is_sharded, load_optimizer
 
 
 def state_of(trainer):
@@ -18,11 +19,26 @@ def state_of(trainer):
 
 def load_state(trainer, state):
     """Lets a trainer continue from such a state."""
-    trainer.optimizer.load_state_dict(state["trainer"]["optimizer"])
+    load_optimizer(trainer.optimizer, state["trainer"]["optimizer"])
     for name in trainer.kept:
         setattr(trainer, name, state["trainer"][name])
     for name, one in trainer.beside.items():
         one.load_state(state.get("beside", {}).get(name, {}))
+
+
+def copy_of(trainer, state):
+    """Returns copies on the CPU of a state, and of the policy's weights. If they are sharded, all processes call it."""
+    return checkpoints.copy_to_cpu(state), checkpoints.copy_to_cpu(policy_weights(trainer.policy, trainer.adapter))
+
+
+def copies_of_sharded(trainer):
+    """Returns the weights of all models that train, {name of a folder: {name: tensor}}, or None if none is sharded.
+
+    All processes call it.
+    """
+    models = {"final": trainer.policy} | {f"final-{name}": one.model for name, one in trainer.beside.items()}
+    copy = checkpoints.copy_to_cpu
+    return {name: copy(policy_weights(model)) if is_sharded(model) else None for name, model in models.items()}
 
 
 class Saver:
@@ -42,7 +58,8 @@ class Saver:
         """
         trial, trainer = self.folder / "trial", self.trainer
         try:
-            weights, state = policy_weights(trainer.policy, trainer.adapter), state_of(trainer)
+            state, weights = state_of(trainer), policy_weights(trainer.policy, trainer.adapter)
+            state, weights = copy_of(trainer, state) if is_sharded(trainer.policy) else (state, weights)
             checkpoints.write_folder(trial / "checkpoint", *self._writers_of_checkpoint(weights, 0, state, []))
             checkpoints.load(trial / "checkpoint", trainer.policy, trainer.adapter)
             for name, writers in self._finals().items():
@@ -58,8 +75,7 @@ class Saver:
         """
         self.wait()
         history = list(history)
-        weights = policy_weights(self.trainer.policy, self.trainer.adapter)
-        state, weights = checkpoints.copy_to_cpu(state), checkpoints.copy_to_cpu(weights)
+        state, weights = copy_of(self.trainer, state)
         best = history[-1].get("eval_accuracy") if history and history[-1]["step"] == step else None
         target = self.folder / "checkpoints" / f"step-{step}"
 
@@ -104,11 +120,12 @@ class Saver:
     def _finals(self):
         """Returns {name of a folder: its writers}. A model beside the policy is always saved whole, with its head."""
         trainer = self.trainer
+        weights = copies_of_sharded(trainer)
         models = {"final": (trainer.policy, trainer.adapter, self.constants.MERGE_LORA)}
         models |= {f"final-{name}": (one.model, one.adapter, True) for name, one in trainer.beside.items()}
         finals = {}
         for name, (model, adapter, merge) in models.items():
-            write = functools.partial(save_policy, model=model, adapter=adapter)
+            write = functools.partial(save_policy, model=model, adapter=adapter, weights=weights[name])
             if merge and adapter is not None:
                 write = functools.partial(save_merged, model=model)
             finals[name] = write, trainer.tokenizer.save_pretrained

@@ -8,6 +8,8 @@ import threading
 
 from tqdm import tqdm
 
+from engine.processes import Meetings, from_all
+
 # SIGHUP comes when the terminal has gone. Slurm sends SIGUSR1 some time before its limit.
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -27,10 +29,14 @@ class StopSignals:
     interruptible: whether the run can be left where it is, so that a signal need not wait. Each optimizer step sets it
     to False, because the weights have then moved in a step that is not done. An optimizer may step in a thread beside
     the main one. So a lock decides which comes first: the signal, or the step, which then does not happen.
+
+    If models are sharded, no process can save them alone. So a signal to any process waits for raise_if_received(),
+    which all processes call, and stops all.
     """
 
     def __init__(self, optimizers):
         self.optimizers = optimizers
+        self.together = Meetings.in_step
         self.lock, self.left = threading.RLock(), False
         self.received = None
         self.interruptible = False
@@ -52,6 +58,11 @@ class StopSignals:
 
     def raise_if_received(self):
         """Raises Stopped if a signal has waited for this place."""
+        if self.together:
+            sent = next((number for number in from_all(self.received, "the end of a step") if number), None)
+            if sent is None:
+                return  # one that came meanwhile is sent at the next meeting
+            self.received = sent
         if self.received:
             raise Stopped
 
@@ -68,7 +79,7 @@ class StopSignals:
         self.received = signal.Signals(number)
         tqdm.write(f"{self.received.name}: stopping, with a checkpoint; once more stops at once, without")
         with self.lock:
-            if self.interruptible:
+            if self.interruptible and not self.together:
                 self.left = True
                 raise Stopped
 

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from engine.cache import GrowingCache, with_cache
 from engine.packing import common_start
 from engine.precision import autocast
+from engine.sharding import body_of
 
 
 class Batch:
@@ -87,7 +88,7 @@ class Batch:
         def read(ids, mask, position):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
             with autocast(device, self.compute_dtype):
-                hidden = model.base_model(**inputs, **with_cache(model.base_model, cache)).last_hidden_state[:, -1]
+                hidden = body_of(model)(**inputs, **with_cache(model.base_model, cache)).last_hidden_state[:, -1]
             return hidden, self.routing.take().unflatten(0, ids.shape) if self.routing else None
 
         first = place[:common]

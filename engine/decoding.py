@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.cache import with_cache
+from engine.sharding import body_of, plain_class
 
 FAMILY = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -26,13 +27,13 @@ def decoder_of(model):
     layers, config = model.base_model, model.config
     linear = all(type(m) is torch.nn.Linear for m in layers.modules() if hasattr(m, "in_features"))  # no adapters
     ropes = ("default", "linear", "llama3", "yarn")
-    known = type(model).__name__ in FAMILY and config.hidden_act == "silu" and linear
+    known = plain_class(model).__name__ in FAMILY and config.hidden_act == "silu" and linear
     if known and config.rope_parameters["rope_type"] in ropes and not getattr(config, "use_sliding_window", False):
         return Replayed(Decoder(model)) if model.device.type == "cuda" else Decoder(model)
 
     def step(tokens, positions, cache, seen):
         inputs = {"input_ids": tokens[:, None], "position_ids": positions[:, None]} | with_cache(layers, cache)
-        return layers(**inputs, attention_mask=seen[:, None, None]).last_hidden_state[:, -1]
+        return body_of(model)(**inputs, attention_mask=seen[:, None, None]).last_hidden_state[:, -1]
 
     return step
 

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import math
-import os
 from collections import Counter
 
 import psutil
@@ -29,6 +28,11 @@ class FitToMemory:
             try:
                 return work(size)
             except torch.OutOfMemoryError as error:
+                if processes.Meetings.in_step and purpose != "sampling":
+                    raise InputError(
+                        f"out of memory in {purpose} ({error}); with SHARD a process cannot go on with less alone, so "
+                        "resume with a lower --micro-batch-tokens"
+                    ) from None
                 if size == 1:
                     raise InputError(
                         f"out of memory in {purpose} with one completion at a time ({error}); use "
@@ -61,7 +65,7 @@ def free_memory(device):
     Processes of one machine share its memory.
     """
     if device.type != "cuda":
-        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return psutil.virtual_memory().available // processes.processes_on(device)
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

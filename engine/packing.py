@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from engine.processes import from_all, own_rows, size
 from engine.routing import routing_of, watch
+from engine.sharding import body_of, is_sharded
 
 NAME = "packed"  # this attention's attn_implementation, for from_pretrained
 SHORT_PROMPT = 32  # tokens; to read a shorter one again takes less time than attention in more calls
@@ -92,7 +93,7 @@ def states_before_tokens(model, rollouts, after=0, replay=False):
     if replay and rollouts.experts is not None:
         given = torch.cat(cut(rollouts.experts, pieces)).to(model.device)  # (N, layers, k)
     with watch(model, given):
-        states = model.base_model(**packing.inputs, use_cache=False).last_hidden_state[0]  # (N, H)
+        states = body_of(model)(**packing.inputs, use_cache=False).last_hidden_state[0]  # (N, H)
         if routing:
             routing.logits = [logits.index_select(0, place) for logits, _ in routing.seen]
             experts = routing.take()  # (N, layers, k)
@@ -156,17 +157,33 @@ def prompt_numbers(rollouts):
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
-def micro_batches(rollouts, token_budget):
+def micro_batches(rollouts, token_budget, model=None):
     """Yields the row numbers of batches of completions, with at most token_budget tokens. rollouts: Rollouts.
 
     Completions that share a prompt are together, because it counts once in a batch. If there are several processes,
-    these are the batches of this one.
+    these are the batches of this one. model: what they go through. If it is sharded, this process then takes part in
+    the passes of those that have more batches.
     """
     numbers, prompt_lengths = prompt_numbers(rollouts), rollouts.prompt_lengths.tolist()
     mine = own_rows(rollouts.lengths.tolist(), numbers)
     of_mine = [numbers[row] for row in mine], [prompt_lengths[row] for row in mine]
     rows = torch.tensor(mine, dtype=torch.long)
-    return (rows[batch] for batch in batches_of(rollouts.lengths[rows], token_budget, *of_mine))
+    batches = [rows[batch] for batch in batches_of(rollouts.lengths[rows], token_budget, *of_mine)]
+    most = max(from_all(len(batches), "the number of passes")) if is_sharded(model) else 0
+    yield from batches
+    for _ in range(most - len(batches)):
+        pass_nothing(model)
+    if most:
+        model.reset_iter_state()  # embeddings and head would stay gathered, and their passes counted
+
+
+def pass_nothing(model):
+    """Passes a token through a sharded model, and zeros back if there are gradients."""
+    one = Packing(model, [torch.zeros(1, dtype=torch.long)])
+    with watch(model):
+        states = body_of(model)(**one.inputs, use_cache=False).last_hidden_state
+    if torch.is_grad_enabled():
+        (0 * states.sum()).backward()
 
 
 def batches_of(lengths, token_budget, prompts=None, prompt_lengths=None):
@@ -193,13 +210,14 @@ def batches_of(lengths, token_budget, prompts=None, prompt_lengths=None):
         yield torch.tensor(batch)
 
 
-def in_micro_batches(rollouts, compute, token_budget):
+def in_micro_batches(rollouts, compute, token_budget, model=None):
     """Returns compute(part), (rows, T), of all completions, which go through in parts of at most token_budget tokens.
 
-    rollouts: Rollouts. compute: a function of Rollouts. Experts that it adds to a part are added to all.
+    rollouts: Rollouts. compute: a function of Rollouts. Experts that it adds to a part are added to all. model: the one
+    that compute uses, as in micro_batches.
     """
     results = experts = None
-    for rows in micro_batches(rollouts, token_budget):
+    for rows in micro_batches(rollouts, token_budget, model):
         selected = rollouts.select(rows)
         part = compute(selected)
         results = part.new_zeros(rollouts.completion_mask.shape) if results is None else results

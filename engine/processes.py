@@ -5,8 +5,11 @@ and passes some through the models, and gets the others' results. So means, spli
 With one process, that process does all of the work.
 """
 
+import contextlib
 import datetime
 import os
+import sys
+import time
 
 import torch
 from torch import distributed as dist
@@ -23,6 +26,8 @@ class Meetings:
 
     store = None  # of torch.distributed, once several processes have met
     count = 0  # of this process
+    in_step = False  # whether each pass through a model is one, because its weights are sharded
+    mesh = None  # of the sharded weights
 
     @classmethod
     def hold(cls, what, work):
@@ -31,13 +36,23 @@ class Meetings:
         Raises InputError, naming the processes that are missing, if one has ended or does not come in time.
         """
         cls.count += 1
-        cls.store.set(f"process {rank()}", f"{cls.count} {what}")
         try:
+            cls.store.set(f"process {rank()}", f"{cls.count} {what}")
             return work()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise InputError(f"{cls.missing(what)} ({' '.join(str(error).split())[:120]})") from None
+
+    @classmethod
+    def explain(cls, error):
+        """Raises InputError, naming the processes that have gone, if an error comes from a message to them."""
+        if isinstance(error, dist.DistError) or cls.in_step and "gloo" in str(error):
+            cls.count += 1
+            with contextlib.suppress(RuntimeError):  # the store may have gone, too
+                cls.store.set(f"process {rank()}", f"{cls.count} a pass")
+            time.sleep(2)  # the others do the same
+            raise InputError(f"{cls.missing('a pass')} ({' '.join(str(error).split())[:120]})") from None
 
     @classmethod
     def missing(cls, what):
@@ -69,13 +84,20 @@ def end():
     """Parts from the other processes, once all are done."""
     if Meetings.store is not None:
         from_all(None, "the end")
-        dist.destroy_process_group()
-        Meetings.store = None
+        if "vllm" not in sys.modules:  # it ends them when the process does, and needs them until then
+            dist.destroy_process_group()
+        Meetings.store = Meetings.mesh = None
+        Meetings.in_step = False
 
 
 def several():
     """Returns whether torchrun has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def processes_on(device):
+    """Returns how many processes share a device: those of a machine its CPU, while each has a GPU of its own."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
 
 
 def size():
@@ -146,13 +168,13 @@ def add_up(tensors, what):
 
 def in_shares(sampler, rows, group_size, uniform, **settings):
     """Returns group_size completions of each row's prompt: Rollouts. Each process samples for some of the prompts."""
-    if size() == 1:
-        return sampler(rows, group_size, uniform, **settings)
-    mine = own(list(range(len(rows))))
-    part = None
-    if mine:
-        numbers = uniform if uniform is None else uniform[mine[0] * group_size : (mine[-1] + 1) * group_size]
-        part = sampler([rows[number] for number in mine], group_size, numbers, **settings)
-    whole = Rollouts.join([part for part in from_all(part, "sampling") if part is not None])
-    whole.prompts = [row for row in rows for _ in range(group_size)]  # the rows themselves, not copies of them
-    return whole
+    with sampler.weights():
+        mine, part = own(list(range(len(rows)))), None
+        if mine:
+            numbers = uniform if uniform is None else uniform[mine[0] * group_size : (mine[-1] + 1) * group_size]
+            part = sampler([rows[number] for number in mine], group_size, numbers, **settings)
+    if size() > 1:
+        part = Rollouts.join([part for part in from_all(part, "sampling") if part is not None])
+        part.prompts = [row for row in rows for _ in range(group_size)]  # the rows themselves, not copies of them
+    sampler.add_experts(part)
+    return part

@@ -9,6 +9,7 @@ from engine.memory import completions_in_memory
 from engine.precision import autocast, dtype_of_products
 from engine.rollouts import Rollouts
 from engine.routing import watch
+from engine.sharding import gathered
 from engine.vocabulary import head_of, invert_cumulative
 
 
@@ -64,6 +65,13 @@ class Sampler:
         most = completions_in_memory(self.policy, wanted, longest + max_tokens, self.dtype.itemsize)
         arguments = rows, group_size, uniform, temperature, top_p, max_tokens
         return self.fit_to_memory("sampling", self.at_once or most, lambda n: self.sample_in_turn(*arguments, n))
+
+    def weights(self):
+        """Returns the context of calls: the policy's weights are all here, which matters if they are sharded."""
+        return gathered(self.policy)
+
+    def add_experts(self, rollouts):
+        """Adds nothing, because the experts of a mixture are there: they were seen while it sampled."""
 
     @torch.no_grad()
     def sample_in_turn(self, rows, group_size, uniform, temperature, top_p, max_tokens, at_once):

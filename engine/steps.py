@@ -3,8 +3,10 @@
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from engine.processes import add_up, from_all
+from engine.sharding import whole
 
 
 def learning_rate_at(step, c, prefix=""):
@@ -42,13 +44,15 @@ def take_step(optimizer, max_norm, losses):
     gradients and the losses of all processes are added up first.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    device = parameters[0].device
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     for name in sorted(set().union(*from_all(set(losses), "an update"))):  # a process may have had no micro-batch
-        losses.setdefault(name, parameters[0].new_zeros((), dtype=torch.float32))
+        losses.setdefault(name, torch.zeros((), device=device))
     of_losses = [losses[name] for name in sorted(losses)]
-    add_up([parameter.grad for parameter in parameters] + of_losses, "an update")
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    here = [parameter.grad for parameter in parameters if not isinstance(parameter, DTensor)]  # the sharded have theirs
+    add_up(here + of_losses, "an update")
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     finite = torch.stack([norm, *losses.values()]).isfinite().all()
     if finite:
         optimizer.step()

@@ -4,14 +4,16 @@ vLLM works in this process. It gets the policy's weights before each call, so it
 is. Its log-probs are of the full distribution at the temperature, but they are not the trainer's: see correction.py.
 """
 
+import contextlib
 import importlib.util
 import os
 
 import torch
 
 from configs import InputError
-from engine.packing import micro_batches, states_before_tokens
+from engine.packing import in_micro_batches, states_before_tokens
 from engine.precision import autocast, dtype_of_products
+from engine.processes import processes_on, size
 from engine.routing import routing_of
 from engine.sampling import assemble
 from engine.weights import whole_weights
@@ -32,7 +34,6 @@ class VLLMSampler:
         """
         self.policy, self.tokenizer, self.eos_ids = policy, tokenizer, eos_ids
         self.budget, self.compute_dtype = c.MICRO_BATCH_TOKENS, c.COMPUTE_DTYPE
-        self.dtype = dtype_of_products(policy, c.COMPUTE_DTYPE)
         self.sleeps = device.type == "cuda" and device == policy.device
         if importlib.util.find_spec("vllm") is None:
             raise InputError(f"SAMPLER = 'vllm' needs vLLM, which is not installed: {INSTALL}, or give --sampler own")
@@ -48,8 +49,8 @@ class VLLMSampler:
             "trust_remote_code": c.TRUST_REMOTE_CODE,
             "load_format": "dummy",  # the weights come from the policy
             "skip_tokenizer_init": True,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "gpu_memory_utilization": c.SAMPLER_MEMORY,
+            "dtype": str(dtype_of_products(policy, c.COMPUTE_DTYPE)).removeprefix("torch."),
+            "gpu_memory_utilization": c.SAMPLER_MEMORY / processes_on(device),
             "max_model_len": longest,
             "max_num_batched_tokens": max(longest, 8192 if device.type == "cuda" else 2048),
             "enable_chunked_prefill": False,  # rows with seeds of their own cannot be read in pieces
@@ -58,7 +59,9 @@ class VLLMSampler:
             "disable_log_stats": True,
             "enforce_eager": device.type == "cpu",  # there it takes a minute to compile, and samples hardly faster
         }
-        if device.type == "cuda":
+        if size() > 1:  # an engine for each process, on the GPU of its number
+            settings["distributed_executor_backend"] = "external_launcher"
+        elif device.type == "cuda":
             settings["device_ids"] = [device.index or 0]
         try:
             self.engine = vllm.LLM(**settings)
@@ -76,7 +79,6 @@ class VLLMSampler:
         what is sampled beside it, but for rounding. If uniform is None, decoding is greedy. top_p is 1: configs.py
         refuses another, because the log-probs would be of the cut distribution.
         """
-        self.push()
         prompts = [{"prompt_token_ids": row["prompt_ids"]} for row in rows for _ in range(group_size)]
         common = {"max_tokens": max_tokens, "stop_token_ids": self.eos_ids, "logprobs": 0, "detokenize": False}
         seeds = [None] * len(prompts) if uniform is None else (uniform[:, 0] * 2**31).long().tolist()
@@ -86,7 +88,6 @@ class VLLMSampler:
             found = [one.outputs[0] for one in self.engine.generate(prompts, how, use_tqdm=False)]
         except RuntimeError as error:  # such as heads of a size that it does not know
             raise InputError(f"vLLM cannot sample from this model: {error}; give --sampler own") from None
-        self.rest()
         lengths = torch.tensor([len(one.token_ids) for one in found])
         ids = torch.full((len(found), max_tokens), self.tokenizer.pad_token_id)
         logps = torch.zeros(len(found), max_tokens)
@@ -100,20 +101,26 @@ class VLLMSampler:
                 "policy has broken; try --sampler own"
             )
         truncated = torch.tensor([one.finish_reason == "length" for one in found])
-        rollouts = assemble(self.tokenizer, rows, group_size, ids, lengths, logps, truncated)
-        if routing_of(self.policy):
-            self.add_experts(rollouts)
-        return rollouts
+        return assemble(self.tokenizer, rows, group_size, ids, lengths, logps, truncated)
 
     @torch.no_grad()
     def add_experts(self, rollouts):
-        """Adds the experts that the policy, a mixture, chooses in a pass of its own: vLLM does not tell its choice."""
-        order, experts = list(micro_batches(rollouts, self.budget)), []
-        for part in map(rollouts.select, order):
+        """Adds the experts that a mixture chooses in a pass of its own, because vLLM does not tell its choice."""
+
+        def read(part):
             with autocast(self.policy.device, self.compute_dtype):
                 states_before_tokens(self.policy, part, replay=True)  # puts them there
-            experts.append(part.experts)
-        rollouts.experts = torch.cat(experts)[torch.cat(order).argsort()]
+            return torch.zeros(part.completion_mask.shape)
+
+        if routing_of(self.policy):
+            in_micro_batches(rollouts, read, self.budget, self.policy)
+
+    @contextlib.contextmanager
+    def weights(self):
+        """A context of calls: vLLM has the policy's weights as they are."""
+        self.push()
+        yield
+        self.rest()
 
     def push(self):
         """Gives vLLM the policy's weights as they are, adapters merged in, and lets it forget the prompts that it read.

@@ -1,5 +1,7 @@
 """A policy's weights as another program takes them: in Hugging Face layout, with adapters merged in."""
 
+from engine.sharding import whole
+
 
 def whole_weights(model):
     """Yields (name, tensor) of a policy's weights, one by one. Those with a LoRA adapter are copies that include it.
@@ -18,4 +20,4 @@ def whole_weights(model):
     for key, value in model.state_dict().items():
         if ".lora_" not in key:
             name = without_wrappers(key)
-            yield name, value + adapted[name].get_delta_weight("default") if name in adapted else value
+            yield name, value + adapted[name].get_delta_weight("default") if name in adapted else whole(value)

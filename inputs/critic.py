@@ -6,9 +6,10 @@ import torch
 import transformers
 
 from configs import InputError, find_model
+from engine.sharding import load_optimizer, part_like, shard
 from inputs.errors import LOAD_ERRORS, not_loaded
 from inputs.libraries import quiet_libraries
-from inputs.load import prepare_to_train
+from inputs.load import prepare_to_train, shards
 from inputs.lora import add_lora
 from inputs.models import load_model, load_tokenizer
 
@@ -38,8 +39,8 @@ class Critic:
         if wrong := sorted(saved.keys() ^ mine.keys()) or [k for k in mine if saved[k].shape != mine[k].shape]:
             raise InputError(f"the checkpoint's critic does not fit: {wrong[:3]}; give the run's own --critic-model")
         for name, parameter in mine.items():
-            parameter.copy_(saved[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+            parameter.copy_(part_like(saved[name], parameter))
+        load_optimizer(self.optimizer, state["optimizer"])
 
 
 @quiet_libraries()
@@ -68,11 +69,15 @@ def load_critic(c, device, policy_tokenizer):
             )
     dtype = getattr(torch, c.POLICY_DTYPE)
     kind = transformers.AutoModelForTokenClassification
-    model = load_model(kind, name, constant, device, dtype=dtype, new_head="score.", experts=c.EXPERTS, **options)
+    sharded = shards(c)
+    place = torch.device("cpu") if sharded else device
+    model = load_model(kind, name, constant, place, dtype=dtype, new_head="score.", experts=c.EXPERTS, **options)
     adapter = None
     if c.LORA_RANK > 0:
         with torch.random.fork_rng(devices=[]):  # peft draws the adapters' first weights
             torch.manual_seed(c.SEED)
             adapter = add_lora(model, c.LORA_RANK, c.LORA_ALPHA, c.LORA_TARGETS, head="score")
     prepare_to_train(c, model)
+    if sharded:
+        shard(model, c.COMPUTE_DTYPE, device)
     return Critic(model, adapter)

@@ -7,8 +7,10 @@ import torch
 import transformers
 
 from configs import InputError, check_size
+from engine import processes
 from engine.precision import dtype_of
 from engine.routing import ROUTERS, Routing, routing_of
+from engine.sharding import shard
 from inputs.chat import encode_prompts
 from inputs.libraries import quiet_libraries
 from inputs.lora import add_lora
@@ -119,7 +121,9 @@ def load_policy_and_reference(c, devices, tokenizer):
     """
     options = {"revision": c.POLICY_REVISION, "trust": c.TRUST_REMOTE_CODE, "experts": c.EXPERTS}
     causal, dtype = transformers.AutoModelForCausalLM, getattr(torch, c.POLICY_DTYPE)
-    policy = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", devices["POLICY_DEVICE"], dtype=dtype, **options)
+    sharded, on_cpu = shards(c), torch.device("cpu")  # from where each process takes its share
+    place = on_cpu if sharded else devices["POLICY_DEVICE"]
+    policy = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", place, dtype=dtype, **options)
     check_policy(policy, tokenizer, "POLICY_MODEL")
     add_routing(c, policy)
     adapter = reference = None
@@ -132,9 +136,14 @@ def load_policy_and_reference(c, devices, tokenizer):
     elif has_kl:
         device = devices["REF_DEVICE"]
         dtype = dtype_of(c.FROZEN_DTYPE, device)
-        model = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", device, dtype=dtype, **options)
+        place = on_cpu if sharded else device
+        model = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", place, dtype=dtype, **options)
         reference = Reference(model.requires_grad_(False))
+        if sharded:
+            shard(model, c.COMPUTE_DTYPE, device)
     prepare_to_train(c, policy)
+    if sharded:
+        shard(policy, c.COMPUTE_DTYPE, devices["POLICY_DEVICE"])
     return policy, adapter, reference
 
 
@@ -149,6 +158,15 @@ def add_routing(c, policy):
             kind = "a mixture with a router of its own kind" if mixture else "no mixture of experts"
             remedy = "give a mixture like Qwen3-MoE, Qwen2-MoE, Mixtral or OLMoE, or leave the constant as it was"
             raise InputError(f"{name} = {value!r}: POLICY_MODEL, a {type(policy).__name__}, is {kind}; {remedy}")
+
+
+def shards(c):
+    """Returns whether models are shared out over processes. It meets the other processes for that.
+
+    Adapters are small, so each process keeps all of them, and of their base.
+    """
+    processes.start()
+    return c.SHARD and processes.size() > 1 and c.LORA_RANK == 0
 
 
 def prepare_to_train(c, model):

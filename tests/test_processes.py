@@ -13,10 +13,12 @@ import time
 import pytest
 import torch
 from conftest import SCRIPTS, Forked, shrink, trainer_of
+from safetensors.torch import load_file
+from variants import over_variants
 
 import configs
 from bookkeeping import checkpoints
-from engine import processes
+from engine import processes, sharding
 
 
 def free_port():
@@ -25,12 +27,12 @@ def free_port():
         return one.getsockname()[1]
 
 
-def start_processes(count, work, folder):
+def start_processes(count, work, folder, on_one_machine=None):
     """Forks processes with torchrun's environment. Each runs work()."""
-    port = free_port()
+    port, here = free_port(), on_one_machine or count
 
     def as_one(rank):
-        numbers = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
+        numbers = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % here, "LOCAL_WORLD_SIZE": here}
         os.environ |= {name: str(number) for name, number in numbers.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         configs.ALONE = 1
@@ -39,9 +41,9 @@ def start_processes(count, work, folder):
     return [Forked(functools.partial(as_one, rank), folder) for rank in range(count)]
 
 
-def run_processes(count, work, folder):
+def run_processes(count, work, folder, on_one_machine=None):
     """Runs work() in several processes, and returns their exit codes and what they printed."""
-    started = start_processes(count, work, folder)
+    started = start_processes(count, work, folder, on_one_machine)
     texts = ["".join(one.communicate(timeout=300)) for one in started]
     return [one.returncode for one in started], texts
 
@@ -139,17 +141,26 @@ def test_a_share_is_whole_prompts_of_about_as_many_tokens(monkeypatch):
     assert sum(parts, []) == list(range(7)) and sorted(map(len, parts)) == [2, 2, 3]
 
 
-def stop_in_step(script, number, do):
-    """Lets process `number` call do() in the third step, after its rollout."""
-    trainer_class = type(trainer_of(script))
-    add_scores = trainer_class.add_scores
+def stop_in_step(script, number, do, method="add_scores"):
+    """Lets process `number` call do() when a method is called the third time, after a rollout."""
+    (trainer_class,) = (cls for name, cls in vars(script).items() if name.endswith("Trainer"))
+    original, calls = getattr(trainer_class, method), []
 
-    def stopped(self, rollouts, step, clock):
-        if step == 3 and os.environ["RANK"] == str(number):
+    def stopped(self, *arguments):
+        calls.append(None)
+        if len(calls) == 3 and os.environ["RANK"] == str(number):
             do()
-        return add_scores(self, rollouts, step, clock)
+        return original(self, *arguments)
 
-    trainer_class.add_scores = stopped
+    setattr(trainer_class, method, stopped)
+
+
+def wait_for_steps(tmp_path, count):
+    """Waits until the only run has so many steps."""
+    for _ in range(600):
+        if len([1 for path in tmp_path.glob("outputs/*/metrics.jsonl") for _ in path.open()]) > count:
+            break
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -172,10 +183,7 @@ def test_a_process_that_is_killed_ends_the_others_in_a_line_that_names_it(small,
 def test_a_signal_to_all_ends_them_with_one_checkpoint(small, tmp_path):
     vars(small).update(MAX_STEPS=40, SAVE_EVERY=0, EVAL_EVERY=0, TENSORBOARD=False)
     started = start_processes(2, lambda: small.main([]), tmp_path)
-    for _ in range(600):
-        if len([1 for path in tmp_path.glob("outputs/*/metrics.jsonl") for _ in path.open()]) > 2:
-            break
-        time.sleep(0.1)
+    wait_for_steps(tmp_path, 2)
     for one in started:
         os.kill(one.pid, signal.SIGTERM)
     texts = ["".join(one.communicate(timeout=60)) for one in started]
@@ -231,6 +239,199 @@ def test_what_cannot_be_shared_out_is_one_line(small, tmp_path):
 
     codes, texts = run_processes(2, work, tmp_path)
     assert codes == [2, 2] and "2 processes have no prompt each; raise --batch-size" in texts[0]
+
+
+# ---- Sharded weights
+
+
+def train_sharded(script, folder):
+    """Trains, and saves the metrics, and which share of the policy's numbers this process had."""
+    with configs.one_line_errors():
+        trainer = trainer_of(script)
+        numbers = [
+            value.to_local().numel() if sharding.is_sharded(trainer.policy) else value.numel()
+            for value in trainer.trained
+        ]
+        share = sum(numbers) / sum(value.numel() for value in trainer.trained)
+        trainer.train()
+    rank = os.environ.get("RANK", "alone")
+    (folder / f"metrics-{rank}.json").write_text(json.dumps(trainer.metrics_history))
+    (folder / f"share-{rank}").write_text(str(share))
+
+
+def finals(folder):
+    """Returns the weights of final/, and of final-critic/ if there is one."""
+    files = sorted(folder.glob("final*/model.safetensors"))
+    assert files
+    return {f"{path.parent.name} {name}": value for path in files for name, value in load_file(path).items()}
+
+
+def run_folders(tmp_path):
+    return sorted((tmp_path / "outputs").iterdir(), key=lambda path: path.stat().st_ctime)
+
+
+def assert_sharded_like_one(script, tmp_path, count=2, on_one_machine=None, **constants):
+    """Trains in one process and in several that share the weights out, and compares metrics and weights."""
+    shrink(script, tmp_path)
+    vars(script).update({"MAX_STEPS": 5, "LEARNING_RATE": 1e-4, "EVAL_EVERY": 2, "SAVE_EVERY": 2, "TENSORBOARD": False})
+    vars(script).update(constants)
+    work = functools.partial(train_sharded, script, tmp_path)
+    work()
+    (alone,) = run_folders(tmp_path)
+    script.SHARD = True
+    codes, texts = run_processes(count, work, tmp_path, on_one_machine)
+    assert codes == [0] * count, texts
+    assert not any(texts[1:]), texts[1:]
+    (sharded,) = set(run_folders(tmp_path)) - {alone}
+    of_several, of_one = finals(sharded), finals(alone)
+    assert of_several.keys() == of_one.keys()
+    for name, value in of_one.items():
+        torch.testing.assert_close(of_several[name], value, rtol=0, atol=1e-5)
+    assert json.loads((sharded / "final/config.json").read_text()) == json.loads(
+        (alone / "final/config.json").read_text()
+    )
+    rows, expected = ([json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (sharded, alone))
+    own = ("seconds", "tokens_per", "peak_memory")
+    for row, right in zip(rows, expected, strict=True):
+        assert row.keys() == right.keys()
+        for name, value in right.items():
+            assert name.startswith(own) or row[name] == close(value), (row["step"], name)
+    shares = [float((tmp_path / f"share-{rank}").read_text()) for rank in range(count)]
+    copies = count // (on_one_machine or count)
+    assert sum(shares) == pytest.approx(copies) and max(shares) < 1.2 * copies / count
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_sharded_weights_train_as_whole_ones_do(script, tmp_path):
+    assert_sharded_like_one(script, tmp_path)
+
+
+SHARDED = {
+    "two machines": {"count": 4, "on_one_machine": 2},
+    "three processes": {"count": 3, "MICRO_BATCH_TOKENS": 60},
+    "no kl": {"KL_COEF": 0.0, "ENTROPY_COEF": 0.0, "REWARDS": "exact_match", "MINI_BATCHES": 4, "BATCH_SIZE": 2},
+    "replay": {"POLICY_MODEL": "data/models/arithmetic-moe", "ROUTING_REPLAY": "r3", "ROUTER_AUX_COEF": 0.01},
+    "recorded": {**KINDS["recorded"], "GRADIENT_CHECKPOINTING": True},
+}
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+@pytest.mark.parametrize("script", SCRIPTS[:2], ids=lambda script: script.__name__)
+def test_sharded_weights_train_as_whole_ones_do_in_other_ways(script, kind, tmp_path):
+    """Among them processes with fewer passes than others, which take part in theirs."""
+    assert_sharded_like_one(script, tmp_path, **SHARDED[kind])
+
+
+def save_gradients(script, folder):
+    """Takes a step whose updates keep the weights, and saves the gradient of each of them."""
+    with configs.one_line_errors():
+        trainer, found = trainer_of(script), []
+        script.set_up_process(trainer.policy_device)
+        models = {"policy": trainer.policy} | {name: one.model for name, one in trainer.beside.items()}
+        optimizers = [trainer.optimizer, *(one.optimizer for one in trainer.beside.values())]
+
+        def keep(model):
+            gradients = {name: sharding.whole(weight.grad).clone() for name, weight in model.named_parameters()}
+            found.append(gradients)
+
+        for model, optimizer in zip(models.values(), optimizers, strict=True):
+            optimizer.step = functools.partial(keep, model)
+        trainer.train_step(1)
+        processes.end()
+    torch.save(found, folder / f"gradients-{os.environ.get('RANK', 'alone')}.pt")
+
+
+@over_variants
+def test_gradients_are_those_of_one_process(script, constants, tmp_path):
+    """Of all updates of a step on completions of unequal lengths, with whole and with sharded weights."""
+    shrink(script, tmp_path)
+    vars(script).update(constants | {"MAX_GRAD_NORM": 1e9})
+    work = functools.partial(save_gradients, script, tmp_path)
+    work()
+    expected = torch.load(tmp_path / "gradients-alone.pt")
+    for script.SHARD in (False, True):
+        codes, texts = run_processes(2, work, tmp_path)
+        assert codes == [0, 0], texts
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"gradients-{rank}.pt")
+            for gradients, right in zip(found, expected, strict=True):
+                difference = torch.cat([(gradients[name] - value).flatten() for name, value in right.items()])
+                size = torch.cat([value.flatten() for value in right.values()]).norm()
+                assert gradients.keys() == right.keys()
+                assert difference.abs().max() < 1e-6 and difference.norm() < 3e-6 * size, (script.SHARD, rank)
+
+
+def train_in_processes(script, tmp_path, count, steps, resume=""):
+    """Trains to a step, from the start or from where a run's folder has come to, and returns the run's folder."""
+    vars(script).update(MAX_STEPS=steps, RESUME=str(resume), SHARD=count > 1)
+    codes, texts = run_processes(count, functools.partial(train_sharded, script, tmp_path), tmp_path)
+    assert codes == [0] * count, texts
+    return max((tmp_path / "outputs").iterdir(), key=lambda path: (path / "metrics.jsonl").stat().st_mtime)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:1] + SCRIPTS[-1:], ids=lambda script: script.__name__)
+def test_a_sharded_run_goes_on_to_the_bit_and_with_another_number_of_processes(script, tmp_path):
+    shrink(script, tmp_path)
+    vars(script).update(LR_SCHEDULE="constant", LEARNING_RATE=1e-4, EVAL_EVERY=0, SAVE_EVERY=2, TENSORBOARD=False)
+    if script.__name__ == "vapo":
+        vars(script).update(VALUE_PRETRAIN_STEPS=1, CRITIC_LR_SCHEDULE="constant", CRITIC_LEARNING_RATE=1e-4)
+    whole = train_in_processes(script, tmp_path, 2, 4)
+    begun = train_in_processes(script, tmp_path, 2, 2)
+    shutil.copytree(begun, tmp_path / "copy")
+    resumed = train_in_processes(script, tmp_path, 2, 4, begun)
+    assert resumed == begun
+    expected = finals(whole)
+    for name, value in finals(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    other = train_in_processes(script, tmp_path, 1, 3, tmp_path / "copy")
+    other = train_in_processes(script, tmp_path, 3, 4, other)
+    for name, value in finals(other).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_at_rest_sharded_weights_stay_and_ratios_are_one(small, dtype, tmp_path):
+    vars(small).update(MAX_STEPS=10, LEARNING_RATE=1e-30, COMPUTE_DTYPE=dtype, SAVE_EVERY=0, TENSORBOARD=False)
+    folder = train_in_processes(small, tmp_path, 2, 10)
+    before = load_file(configs.HERE / small.POLICY_MODEL / "model.safetensors")
+    after = load_file(folder / "final/model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()][1:]
+    for row in rows:
+        assert row["ratio_min"] == pytest.approx(1, abs=1e-5) and row["ratio_max"] == pytest.approx(1, abs=1e-5)
+        assert row["sampler_gap"] < (1e-5 if dtype == "float32" else 0.1)
+
+
+def test_a_signal_to_one_process_of_a_sharded_run_stops_all_after_the_step(small, tmp_path):
+    vars(small).update(MAX_STEPS=40, SAVE_EVERY=0, EVAL_EVERY=0, TENSORBOARD=False, SHARD=True)
+    started = start_processes(2, lambda: small.main([]), tmp_path)
+    wait_for_steps(tmp_path, 2)
+    os.kill(started[1].pid, signal.SIGTERM)
+    texts = ["".join(one.communicate(timeout=60)) for one in started]
+    assert [one.returncode for one in started] == [143, 143], texts
+    (folder,) = (tmp_path / "outputs").iterdir()
+    (path,) = folder.glob("checkpoints/step-*/checkpoint.json")
+    logged = len((folder / "metrics.jsonl").read_text().splitlines()) - 1
+    assert path.parent.name in (f"step-{logged}", f"step-{logged + 1}")  # a step may be trained and not yet logged
+    assert not checkpoints.problem_of(path.parent)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_of_a_sharded_run_that_is_killed_ends_the_others_in_a_line_that_names_it(small, number, tmp_path):
+    vars(small).update(MAX_STEPS=4, SAVE_EVERY=1, TENSORBOARD=False, SHARD=True)
+
+    def work():
+        in_update = "compute_gradient" if number else "add_scores"
+        stop_in_step(small, number, lambda: os.kill(os.getpid(), signal.SIGKILL), in_update)
+        small.main([])
+
+    codes, texts = run_processes(2, work, tmp_path)
+    assert codes[number] == -signal.SIGKILL and codes[1 - number] == 2, texts
+    last = texts[1 - number].strip().splitlines()[-1]
+    assert "error:" in last and "Traceback" not in texts[1 - number], texts
+    assert f"process {number} did not come to" in last or "cannot be reached" in last
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert checkpoints.problem_of(checkpoints.newest(folder)) is None
 
 
 @pytest.mark.skipif(shutil.which("ip") is None, reason="no command ip")

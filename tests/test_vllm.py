@@ -1,6 +1,8 @@
 """Tests of SAMPLER = "vllm": its seam with an engine that is made up, and the engine itself where it is installed."""
 
 import importlib.util
+import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -202,6 +204,26 @@ def test_the_engines_log_probs_are_the_trainers_but_for_rounding(real):
     whole = real.sampler(real.train_rows[:4], 4, uniform, **settings)
     alone = real.sampler(real.train_rows[3:4], 4, uniform[12:], **settings)
     assert alone.texts == whole.texts[12:]
+
+
+@installed
+def test_each_of_several_processes_has_an_engine_and_the_steps_are_those_of_one(real, tmp_path):
+    flags = ["--policy-model", real.policy.config.name_or_path, "--sampler", "vllm", "--sampler-memory", "0.1"]
+    flags += ["--max-steps", "2", "--eval-size", "8", "--batch-size", "4", "--group-size", "4", "--mini-batches", "2"]
+    flags += ["--max-completion-tokens", "40", "--rewards", "exact_match 1.0, length 0.1", "--learning-rate", "1e-5"]
+    torchrun, found = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []
+    for number, (start, shard) in enumerate((([], []), (torchrun, []), (torchrun, ["--shard"]))):
+        outputs = tmp_path / str(number)
+        command = [sys.executable, *start, "gspo.py", *flags, "--output-dir", str(outputs), *shard]
+        result = subprocess.run(command, cwd=configs.HERE, capture_output=True, text=True)
+        assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+        (metrics,) = outputs.glob("*/metrics.jsonl")
+        found.append([json.loads(line) for line in metrics.open()])
+    for several in found[1:]:
+        for one, row in zip(found[0], several, strict=True):
+            assert row.get("sampler_gap_max", 0) < 1e-4
+            for name in {"reward", "completion_tokens", "eval_accuracy", "kl_divergence", "clip_fraction"} & one.keys():
+                assert row[name] == one[name] or row[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
 @installed
