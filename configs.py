@@ -616,7 +616,7 @@ def choose_devices(constants):
     """Returns the devices of the models, {"POLICY_DEVICE": torch.device}, and prints a line if they are not as asked.
 
     `cuda:0` and `cuda:1`, the shipped defaults, fall back to one GPU or to the CPU. Any other device must exist. If
-    torchrun has started several processes, each has a GPU of its own.
+    torchrun has started several processes, each has a GPU of its own, or two.
     """
     import torch
 
@@ -634,14 +634,25 @@ def choose_devices(constants):
             raise InputError(
                 f"torchrun started {here} processes, and this machine has {gpus} GPUs; lower --nproc-per-node"
             )
-        own = f"cuda:{os.environ['LOCAL_RANK']}"
-        chosen = wanted = {name: own if value in ("cuda:0", "cuda:1") else value for name, value in wanted.items()}
+        own = dict(zip(("cuda:0", "cuda:1"), own_gpus(gpus, constants), strict=True))
+        chosen = wanted = {name: own.get(value, value) for name, value in wanted.items()}
     for name, value in chosen.items():
         check_device(name, value)
     if chosen != wanted:
         found = "one GPU" if gpus else "no GPU"
         print(f"Found {found}: " + ", ".join(f"{name} = {value}" for name, value in chosen.items()))
     return {name: torch.device(value) for name, value in chosen.items()}
+
+
+def own_gpus(gpus, constants):
+    """Returns the GPUs of a process of torchrun in the place of cuda:0 and cuda:1, of so many on its machine.
+
+    They are two if there are two for each process. Sharded models and vLLM have one place for each process.
+    """
+    number = int(os.environ["LOCAL_RANK"])
+    if gpus >= 2 * int(os.environ["LOCAL_WORLD_SIZE"]) and not constants.SHARD and constants.SAMPLER == "own":
+        return f"cuda:{2 * number}", f"cuda:{2 * number + 1}"
+    return f"cuda:{number}", f"cuda:{number}"
 
 
 def find_path(value, name):

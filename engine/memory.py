@@ -75,7 +75,7 @@ def set_up_process(device):
 
     A script calls it when training begins.
     """
-    processes.start()
+    processes.start(device)
     if device.type == "cuda":
         # cuDNN's attention makes a plan for each new shape, and most shapes here come once.
         torch.backends.cuda.enable_cudnn_sdp(False)

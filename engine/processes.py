@@ -69,13 +69,13 @@ class Meetings:
         return "; ".join(behind) or f"another process ended or was cut off, at {what}"
 
 
-def start():
-    """Meets the other processes, if torchrun has started several and they have not met."""
+def start(device):
+    """Meets the other processes, if torchrun has started several and they have not met. device: this one's, first."""
     if several() and Meetings.store is None:
         Meetings.store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
         backend = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=Meetings.store, rank=number, world_size=count, timeout=PATIENCE)
 

@@ -69,7 +69,7 @@ def load_critic(c, device, policy_tokenizer):
             )
     dtype = getattr(torch, c.POLICY_DTYPE)
     kind = transformers.AutoModelForTokenClassification
-    sharded = shards(c)
+    sharded = shards(c, device)
     place = torch.device("cpu") if sharded else device
     model = load_model(kind, name, constant, place, dtype=dtype, new_head="score.", experts=c.EXPERTS, **options)
     adapter = None

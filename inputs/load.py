@@ -121,7 +121,8 @@ def load_policy_and_reference(c, devices, tokenizer):
     """
     options = {"revision": c.POLICY_REVISION, "trust": c.TRUST_REMOTE_CODE, "experts": c.EXPERTS}
     causal, dtype = transformers.AutoModelForCausalLM, getattr(torch, c.POLICY_DTYPE)
-    sharded, on_cpu = shards(c), torch.device("cpu")  # from where each process takes its share
+    sharded = shards(c, devices["POLICY_DEVICE"])
+    on_cpu = torch.device("cpu")  # from there each process takes its share
     place = on_cpu if sharded else devices["POLICY_DEVICE"]
     policy = load_model(causal, c.POLICY_MODEL, "POLICY_MODEL", place, dtype=dtype, **options)
     check_policy(policy, tokenizer, "POLICY_MODEL")
@@ -160,12 +161,12 @@ def add_routing(c, policy):
             raise InputError(f"{name} = {value!r}: POLICY_MODEL, a {type(policy).__name__}, is {kind}; {remedy}")
 
 
-def shards(c):
-    """Returns whether models are shared out over processes. It meets the other processes for that.
+def shards(c, device):
+    """Returns whether models are shared out over processes. It meets the other processes for that, on a device.
 
     Adapters are small, so each process keeps all of them, and of their base.
     """
-    processes.start()
+    processes.start(device)
     return c.SHARD and processes.size() > 1 and c.LORA_RANK == 0
 
 

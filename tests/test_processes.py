@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import SCRIPTS, Forked, shrink, trainer_of
@@ -432,6 +433,35 @@ def test_a_process_of_a_sharded_run_that_is_killed_ends_the_others_in_a_line_tha
     assert f"process {number} did not come to" in last or "cannot be reached" in last
     (folder,) = (tmp_path / "outputs").iterdir()
     assert checkpoints.problem_of(checkpoints.newest(folder)) is None
+
+
+def test_a_run_outlives_the_end_of_torchrun_itself(tmp_path):
+    """Its processes end soon, in a line, and the run goes on from its newest checkpoint."""
+    flags = ["--max-steps", "40", "--save-every", "1", "--eval-size", "4", "--batch-size", "4", "--group-size", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "gspo.py",
+        *flags,
+    ]
+    command += ["--output-dir", str(tmp_path / "outputs")]
+    with open(tmp_path / "printed", "w") as printed:
+        torchrun = subprocess.Popen([*command, *flags], cwd=configs.HERE, stdout=printed, stderr=printed)
+        wait_for_steps(tmp_path, 2)
+        processes_of_run = psutil.Process(torchrun.pid).children(recursive=True)
+        torchrun.kill()
+        torchrun.wait()
+    _, alive = psutil.wait_procs(processes_of_run, timeout=60)
+    assert not alive
+    assert "cannot be reached" in (tmp_path / "printed").read_text()
+    (folder,) = (tmp_path / "outputs").iterdir()
+    done = int(checkpoints.newest(folder).name.removeprefix("step-"))
+    resumed = [sys.executable, "gspo.py", "--resume", str(folder), "--max-steps", str(done + 1)]
+    assert subprocess.run(resumed, cwd=configs.HERE, capture_output=True).returncode == 0
 
 
 @pytest.mark.skipif(shutil.which("ip") is None, reason="no command ip")

@@ -18,7 +18,7 @@ CLIPS, RARE = (0.2, 0.28, 0.5), 0.2
 
 
 def run(seed, steps, clip):
-    """Returns the entropy and the share of clipped rare tokens in each step, (steps, 2), held-out accuracy, and draws."""
+    """Returns entropy and share of clipped rare tokens in each step, (steps, 2), held-out accuracy, and draws."""
     settings = {"SEED": seed, "MAX_STEPS": steps, "MINI_BATCHES": 16, "CLIP_HIGH": clip}
     trainer, rows = trainer_of(dapo, **settings), []
     update_policy = trainer.update_policy
@@ -40,9 +40,7 @@ def run(seed, steps, clip):
 def main():
     arguments = parse(__doc__, seeds=3, steps=20)
     runs = {clip: [run(seed, arguments.steps, clip) for seed in range(arguments.seeds)] for clip in CLIPS}
-    print(
-        "| CLIP_HIGH | entropy at first | at the end | rare tokens that are clipped | held-out accuracy | completions |"
-    )
+    print("| CLIP_HIGH | entropy at first | at the end | rare tokens that are clipped | held-out accuracy | drawn |")
     print("|---|---|---|---|---|---|")
     figure, axes = figure_of(2)
     few = max(1, arguments.steps // 5)
