@@ -5,7 +5,7 @@
 
 All ways get the same completions and take the gradient of one update and sample a step's completions, in turns. It
 prints the medians of the seconds, their range over those of "eager", and in how many of the rounds the gradient was
-another than in the first one, by how much of the largest number in it. What is not "eager" cannot resume to the bit.
+another than in the first one, by how much of the largest number in it. Only "eager" is promised to resume to the bit.
 """
 
 import argparse
