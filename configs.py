@@ -62,12 +62,12 @@ _GSM8K = {
 _SMALL = "data/models/smollm2-135m-instruct"  # what data/make_smollm2.py writes on a machine without the Hub
 _SMOLLM2 = {
     "POLICY_MODEL": _SMALL if (HERE / _SMALL).is_dir() else "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "PROMPTS": "data/words/train.jsonl",
-    "EVAL_PROMPTS": "data/words/test.jsonl",
+    "PROMPTS": "data/words/train.jsonl",  # stories of one sum or difference, behind two solved ones
+    "EVAL_PROMPTS": "data/words/test.jsonl",  # other sums and differences
     "REWARDS": "math 1.0, format 0.2",  # format, because a third of the first completions are cut before an answer
-    "EVAL_REWARD": "math",
+    "EVAL_REWARD": "math",  # accuracy is about answers, not their form
     "BATCH_SIZE": 8,  # 64 completions a step, which take ten seconds to sample on a slow CPU
-    "GROUP_SIZE": 8,
+    "GROUP_SIZE": 8,  # at first one answer in six is right, so three groups of four have a right one
     "MAX_COMPLETION_TOKENS": 24,  # "14 + 5 = 19\n#### 19" has 15
     "ADVANTAGE_TYPE": "normalized",  # the algorithms' own; rewards are rare at first, and count the more
     "ENTROPY_COEF": 0.0,  # the papers have none
@@ -75,7 +75,7 @@ _SMOLLM2 = {
     "MINI_BATCHES": 2,  # of four groups each, so that an update has some that are not dead
     "WHOLE_GROUPS": True,  # a prompt has 133 tokens and a completion 15, so to read it once saves most of an update
     "LEARNING_RATE": 1e-5,  # at 3e-5 a run was lost: it answered every problem with a sum
-    "WARMUP_STEPS": 2,  # of 30
+    "WARMUP_STEPS": 2,  # Adam's moments are rough at first, and 30 steps have no more to spare
     "MAX_STEPS": 30,  # most is learned in 15
     "EVAL_EVERY": 15,  # an evaluation takes as long as four steps
     "EVAL_SIZE": 128,  # enough to see a difference of 0.1, in a minute
@@ -86,10 +86,14 @@ _SMOLLM2 = {
 }
 PRESETS = {
     "smollm2": _SMOLLM2,
-    "smollm2-lora": {**_SMOLLM2, "LORA_RANK": 16, "LEARNING_RATE": 1e-4},  # at 3e-4 the entropy is gone in 11 steps
+    "smollm2-lora": {  # adapters, in 3.5 GB in place of 4.6
+        **_SMOLLM2,
+        "LORA_RANK": 16,  # peft's usual ranks are 8 to 64; 5 M weights
+        "LEARNING_RATE": 1e-4,  # ten times that of all weights; at 3e-4 the entropy is gone in 11 steps
+    },
     "moe": {  # the embedded task with a mixture of experts
         "POLICY_MODEL": "data/models/arithmetic-moe",
-        "LEARNING_RATE": 5e-4,  # at 1e-3 grpo.py stays at 0.88 in as many steps, and at 2e-3 it collapses
+        "LEARNING_RATE": 5e-4,  # at 1e-3 grpo.py stays at 0.88 in as many steps, at 2e-3 it falls to 0.03
         "MAX_STEPS": 120,  # an expert sees a quarter of the tokens
     },
     "smoke": {"MAX_STEPS": 2, "BATCH_SIZE": 4, "EVAL_SIZE": 16, "EVAL_SAMPLES": 2, "WARMUP_STEPS": 0},
@@ -125,6 +129,10 @@ def one_line_errors():
         who = "" if number == "0" else f"process {number}: "
         print(f"{Path(sys.argv[0]).name}: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(ALONE)  # likewise, and torchrun ends this process meanwhile
+        raise
 
 
 def scripts():
@@ -650,7 +658,8 @@ def own_gpus(gpus, constants):
     They are two if there are two for each process. Sharded models and vLLM have one place for each process.
     """
     number = int(os.environ["LOCAL_RANK"])
-    if gpus >= 2 * int(os.environ["LOCAL_WORLD_SIZE"]) and not constants.SHARD and constants.SAMPLER == "own":
+    sharded = constants.SHARD and constants.LORA_RANK == 0
+    if gpus >= 2 * int(os.environ["LOCAL_WORLD_SIZE"]) and not sharded and constants.SAMPLER == "own":
         return f"cuda:{2 * number}", f"cuda:{2 * number + 1}"
     return f"cuda:{number}", f"cuda:{number}"
 

@@ -1,17 +1,41 @@
 """The run of a process other than process 0, which writes for all: it loads, steps and stops as process 0 does."""
 
+import hashlib
 import sys
 import time
 from pathlib import Path
 
+import configs
 from bookkeeping import checkpoints
-from bookkeeping.folder import finite
+from bookkeeping.folder import finite, sha256_of_rewards
 from bookkeeping.resuming import fingerprints
 from bookkeeping.saving import copies_of_sharded, copy_of, load_state, state_of
 from bookkeeping.signals import Stopped, StopSignals
-from configs import ALONE, InputError
+from configs import InputError, as_saved
 from engine import processes
 from engine.sharding import is_sharded
+
+OWN = ("_DEVICE", "OUTPUT_DIR", "RESUME")  # ends of the constants that may differ between machines
+
+
+def meet_at_start(constants, made_from, folder="", checkpoint=""):
+    """Returns the folder of the run and the path of the checkpoint that it goes on from, or "", as process 0 has them.
+
+    Raises InputError if a process has other constants, files, prompts or models than process 0. made_from: those of
+    fingerprints().
+    """
+    script = hashlib.sha256(constants.text.encode()).hexdigest()
+    content = made_from | {constants.path.name: script, "rewards.py": sha256_of_rewards()}
+    own = {name: value for name, value in as_saved(constants.values()).items() if not name.endswith(OWN)}
+    known = processes.from_all((own, content, (str(folder), str(checkpoint))), "the start of the run")
+    own, content, places = known[0]
+    for number, (others, other_content, _) in enumerate(known):
+        differ = [f"{name} = {others.get(name)!r}, not {own[name]!r}" for name in own if others.get(name) != own[name]]
+        differ += [f"another {name}" for name in content if other_content.get(name) != content[name]]
+        if differ:
+            has = f"process {number} has {', '.join(differ)}, unlike process 0"
+            raise InputError(f"{has}; start all with the same files and flags")
+    return places
 
 
 class Follower:
@@ -21,8 +45,9 @@ class Follower:
         self.constants, self.history = trainer.constants, trainer.metrics_history
         self.signals = StopSignals([trainer.optimizer, *(one.optimizer for one in trainer.beside.values())])
         self.trainer, self.done, self.unfinished = trainer, 0, {"step": 0}
-        fingerprints(trainer)  # process 0 needs this process for those of sharded weights
-        if checkpoint := processes.from_all("", "the start of the run")[0]:
+        folder, checkpoint = meet_at_start(self.constants, fingerprints(trainer))
+        processes.from_all(Path(folder).is_dir(), "the run's folder")
+        if checkpoint:
             if not Path(checkpoint).is_dir():
                 raise InputError(f"{checkpoint} is not on this machine; give an --output-dir that all machines share")
             self.done, state, metrics = checkpoints.load(Path(checkpoint), trainer.policy, trainer.adapter)
@@ -39,10 +64,12 @@ class Follower:
         self.signals.__exit__()
         if kind is Stopped:
             self.gather()
-            if is_sharded(self.trainer.policy):
-                processes.from_all(None, "the checkpoint")  # process 0 writes it
-            time.sleep(ALONE)  # torchrun ends all processes when the first one ends, and process 0 has to save
+            processes.from_all(None, "the checkpoint")  # process 0 writes it
+            time.sleep(configs.ALONE)  # torchrun ends all when the first one ends, and process 0 has more to do
             sys.exit(128 + self.signals.received)
+        left = self.signals.received or processes.told("stopped")  # process 0, which saves alone
+        if kind is InputError and left:
+            sys.exit(128 + int(left))
         if kind is not None:
             processes.Meetings.explain(error)
         else:

@@ -10,6 +10,7 @@ import torch
 from bookkeeping import checkpoints
 from bookkeeping.folder import sha256_of_rewards
 from configs import KINDS, InputError, as_saved, constants_in, expand_home
+from engine.processes import from_first
 from engine.sharding import whole
 from engine.steps import learning_rate_at
 
@@ -94,7 +95,8 @@ def _refuse_others(folder, run, asked, may_change):
 def _run_folder(name, output_dir, script):
     """Returns the folder of the run that --resume names.
 
-    "latest" is the run of this script that logged last. Raises InputError if there is no such folder.
+    "latest" is the run of this script that logged last. Of several processes, process 0 finds it, because a shared disk
+    may show each machine other times. Raises InputError if there is no such folder.
     """
     for constant, value in (("RESUME", name), ("OUTPUT_DIR", output_dir)):  # not validated yet
         if not isinstance(value, str):
@@ -109,7 +111,11 @@ def _run_folder(name, output_dir, script):
         except (OSError, RuntimeError, ValueError) as error:  # as in find_path; ValueError: the name holds NUL
             why = f" ({getattr(error, 'strerror', None) or error})"
         raise InputError(f'--resume {name:.200}: no such folder{why}; give that of a run, or "latest"')
-    parent = expand_home("OUTPUT_DIR", output_dir)
+    return Path(from_first("the latest run", lambda: str(_latest(expand_home("OUTPUT_DIR", output_dir), script))))
+
+
+def _latest(parent, script):
+    """Returns the folder of the run of a script in parent that logged last. Raises InputError if there is none."""
     runs = [path for path in Path(parent).glob(f"{script.stem}-*") if (path / "config.json").is_file()]
     if not runs:
         raise InputError(f"--resume latest: {parent} holds no run of {script.name}; give the run's folder")

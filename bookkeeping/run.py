@@ -12,7 +12,7 @@ import plotting
 from bookkeeping import checkpoints, resuming, sample_page
 from bookkeeping.boards import Boards, Profiler
 from bookkeeping.folder import RunFolder, finite
-from bookkeeping.follower import Follower
+from bookkeeping.follower import Follower, meet_at_start
 from bookkeeping.progress import (
     Progress,
     print_summary,
@@ -101,10 +101,15 @@ class Run:
         if resumed:
             resuming.check_fingerprints(self.files, self.constants, made_from)
             checkpoint = resuming.checkpoint_to_resume(self.folder)
+        try:
+            meet_at_start(self.constants, made_from, self.folder, checkpoint or "")
+        except InputError:
+            self.files.remove_if_new()
+            raise
         if checkpoint:
             self._load(checkpoint)
         self._begin(checkpoint, made_from)
-        processes.from_all(str(checkpoint or ""), "the start of the run")
+        self._warn_if_not_shared()
         self._try_to_save()
         trainer.rewards.log = trainer.eval_reward.log = self._log_failures
         self.boards.open(self.files, self.done + 1 if self.history else None)
@@ -142,6 +147,14 @@ class Run:
         except OSError as error:
             self.files.remove_if_new()
             raise InputError(f"{self.folder}: cannot write there ({error}); free some space, or look why") from None
+
+    def _warn_if_not_shared(self):
+        """Warns if there are processes that do not see the run's folder."""
+        seen = processes.from_all(True, "the run's folder")
+        if not all(seen):
+            without = ", ".join(str(number) for number, there in enumerate(seen) if not there)
+            shared = "give an --output-dir that all machines share"
+            print(f"Warning: {self.folder} is not there for process {without}, so the run cannot be resumed; {shared}")
 
     def _try_to_save(self):
         """Tries to save everything that later steps will save.
@@ -319,8 +332,10 @@ class Run:
             processes.Meetings.explain(error)
         except InputError as explained:
             kind, error = InputError, explained
+        if stopped:
+            processes.tell("stopped", str(int(self.signals.received)))
         saved = can_save and self.checkpoint() and self.saver.wait()
-        if stopped and is_sharded(self.trainer.policy):
+        if self.signals.agreed:
             processes.from_all(None, "the checkpoint")  # the others wait, because torchrun ends all with the first
         path = checkpoints.newest(self.folder)
         if self.history[1:]:

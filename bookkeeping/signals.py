@@ -5,10 +5,12 @@ import os
 import signal
 import sys
 import threading
+import time
 
 from tqdm import tqdm
 
-from engine.processes import Meetings, from_all
+import configs
+from engine.processes import Meetings, from_all, rank, size
 
 # SIGHUP comes when the terminal has gone. Slurm sends SIGUSR1 some time before its limit.
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -30,13 +32,14 @@ class StopSignals:
     to False, because the weights have then moved in a step that is not done. An optimizer may step in a thread beside
     the main one. So a lock decides which comes first: the signal, or the step, which then does not happen.
 
-    If models are sharded, no process can save them alone. So a signal to any process waits for raise_if_received(),
-    which all processes call, and stops all.
+    With several processes, a signal to any of them stops all in raise_if_received(), which all call. Process 0 can
+    leave before, because it can save alone, unless models are sharded. The others miss it at their next meeting.
     """
 
     def __init__(self, optimizers):
         self.optimizers = optimizers
-        self.together = Meetings.in_step
+        self.together = size() > 1
+        self.agreed = False  # whether all processes have left at the same place
         self.lock, self.left = threading.RLock(), False
         self.received = None
         self.interruptible = False
@@ -62,7 +65,7 @@ class StopSignals:
             sent = next((number for number in from_all(self.received, "the end of a step") if number), None)
             if sent is None:
                 return  # one that came meanwhile is sent at the next meeting
-            self.received = sent
+            self.received, self.agreed = sent, True
         if self.received:
             raise Stopped
 
@@ -73,13 +76,18 @@ class StopSignals:
             self.interruptible = False
 
     def _on_signal(self, number, _):
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is not None and not (self.together and now < self.since + configs.ALONE):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.received = signal.Signals(number)
-        tqdm.write(f"{self.received.name}: stopping, with a checkpoint; once more stops at once, without")
+        if self.received is not None:
+            return  # Slurm and torchrun may both pass a signal on
+        self.received, self.since = signal.Signals(number), now
+        if rank() == 0:
+            once_more = f"once more, after {configs.ALONE} seconds," if self.together else "once more"
+            tqdm.write(f"{self.received.name}: stopping, with a checkpoint; {once_more} stops at once, without")
         with self.lock:
-            if self.interruptible and not self.together:
+            if self.interruptible and rank() == 0 and not Meetings.in_step:
                 self.left = True
                 raise Stopped
 

@@ -217,24 +217,26 @@ def in_micro_batches(rollouts, compute, token_budget, model=None):
     that compute uses, as in micro_batches.
     """
     results = experts = None
+    mine = []
     for rows in micro_batches(rollouts, token_budget, model):
         selected = rollouts.select(rows)
         part = compute(selected)
         results = part.new_zeros(rollouts.completion_mask.shape) if results is None else results
         results[rows.to(part.device)] = part
+        mine += rows.tolist()
         if rollouts.experts is None and selected.experts is not None:  # this pass has put them there
             blank = selected.experts.new_zeros(len(rollouts.texts), *selected.experts.shape[1:])
             experts = blank if experts is None else experts
             experts[rows] = selected.experts
     results = torch.zeros(rollouts.completion_mask.shape) if results is None else results
-    if size() > 1:  # each row is of one process, and 0 in the others
-        of_all, experts_of_all = zip(*from_all((results.cpu(), experts), "log-probs"), strict=True)
-        results = sum(of_all).to(results.device)
-        experts = (
-            sum(some for some in experts_of_all if some is not None)
-            if any(map(torch.is_tensor, experts_of_all))
-            else None
-        )
+    if size() > 1:
+        own = mine, results[mine].cpu(), None if experts is None else experts[mine]
+        for rows, part, some in from_all(own, "log-probs"):
+            results[rows] = part.to(results.device)
+            if some is not None:
+                blank = some.new_zeros(len(rollouts.texts), *some.shape[1:])
+                experts = blank if experts is None else experts
+                experts[rows] = some
     rollouts.experts = rollouts.experts if experts is None else experts
     return results
 

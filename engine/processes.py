@@ -24,7 +24,8 @@ PATIENCE = datetime.timedelta(minutes=20)  # how long the others wait for a proc
 class Meetings:
     """The places at which all processes wait for each other. They tell each other how far they are."""
 
-    store = None  # of torch.distributed, once several processes have met
+    places = None  # torch.distributed's store, and the number of this process and of all, once they are known
+    store = None  # the same store, once several processes have met
     count = 0  # of this process
     in_step = False  # whether each pass through a model is one, because its weights are sharded
     mesh = None  # of the sharded weights
@@ -69,10 +70,44 @@ class Meetings:
         return "; ".join(behind) or f"another process ended or was cut off, at {what}"
 
 
+def find():
+    """Returns torch.distributed's store, the number of this process, and how many there are. They need not have met."""
+    if Meetings.places is None:
+        Meetings.places = next(dist.rendezvous("env://", timeout=PATIENCE))
+    return Meetings.places
+
+
+def from_first(what, decide):
+    """Returns the text that process 0 decides on, in each process. decide: a function, which process 0 calls."""
+    if not several():
+        return decide()
+    store, number, _ = find()
+    try:
+        if number == 0:
+            tell(what, decide())
+        return store.get(what).decode()
+    except RuntimeError as error:
+        raise InputError(f"process 0 did not tell {what} ({' '.join(str(error).split())[:120]})") from None
+
+
+def tell(what, text):
+    """Lets the other processes know a text, without waiting for them."""
+    if several():
+        find()[0].set(what, text)
+
+
+def told(what):
+    """Returns the text that a process has told, or "" if none has, or if none can be reached."""
+    with contextlib.suppress(RuntimeError):  # the store is gone with the process that held it
+        if several() and find()[0].check([what]):
+            return find()[0].get(what).decode()
+    return ""
+
+
 def start(device):
     """Meets the other processes, if torchrun has started several and they have not met. device: this one's, first."""
     if several() and Meetings.store is None:
-        Meetings.store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+        Meetings.store, number, count = find()
         backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -86,7 +121,7 @@ def end():
         from_all(None, "the end")
         if "vllm" not in sys.modules:  # it ends them when the process does, and needs them until then
             dist.destroy_process_group()
-        Meetings.store = Meetings.mesh = None
+        Meetings.store = Meetings.places = Meetings.mesh = None
         Meetings.in_step = False
 
 

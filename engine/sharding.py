@@ -80,6 +80,7 @@ def gathered(model):
     if not is_sharded(model):
         yield
         return
+    from_all(None, "sampling")  # on a GPU the gathers are only begun below, so who is missing must be found before
     layers = [part for part in parts(model) if part is not model]
     for part in (model, *layers):
         part.unshard()
@@ -96,7 +97,11 @@ def gathered(model):
 
 def whole(tensor):
     """Returns a tensor with the parts of all processes. If it is sharded, all processes call this."""
-    return Meetings.hold("a sharded weight", tensor.full_tensor) if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.is_cuda:
+        from_all(None, "a sharded weight")  # as in gathered
+    return Meetings.hold("a sharded weight", tensor.full_tensor)
 
 
 def part_like(tensor, like):

@@ -20,7 +20,8 @@ from configs import HERE, InputError
 
 START = 60.0  # seconds that the server may take in addition to the rules; most of it goes to loading them
 MEMORY = 4 * 2**30  # bytes that a rule's process may take in addition to those that loading rewards.py took
-PROCESSES = min(4, os.cpu_count() or 1)
+CORES = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes share a machine's
+PROCESSES = min(4, max(1, CORES))
 LARGEST = 1e30  # the largest score: times a weight, and summed, it still fits in float32
 TAKES = ["prompt", "completion", "row"]  # the parameters of a rule
 

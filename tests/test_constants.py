@@ -358,6 +358,7 @@ def test_the_shipped_devices_fall_back_and_say_so(monkeypatch, capsys):
         (2, {}, ["cuda:1"] * 3),
         (4, {}, ["cuda:2", "cuda:3", "cuda:3"]),
         (4, {"SHARD": True}, ["cuda:1"] * 3),
+        (4, {"SHARD": True, "LORA_RANK": 8}, ["cuda:2", "cuda:3", "cuda:3"]),  # adapters are not sharded
         (4, {"SAMPLER": "vllm"}, ["cuda:1"] * 4),
         (0, {}, ["cpu"] * 3),
     ],
@@ -366,7 +367,7 @@ def test_each_of_several_processes_has_a_gpu_or_two(gpus, constants, chosen, mon
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for name, value in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "RANK": 3, "LOCAL_RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
-    values = {"SAMPLER": "own", "SHARD": False, "SAMPLER_DEVICE": "cuda:0"} | constants
+    values = {"SAMPLER": "own", "SHARD": False, "LORA_RANK": 0, "SAMPLER_DEVICE": "cuda:0"} | constants
     values |= {"POLICY_DEVICE": "cuda:0", "REF_DEVICE": "cuda:1", "REWARD_DEVICE": "cuda:1"}
     devices = configs.choose_devices(configs.Constants(values, configs.HERE / "gspo.py", ""))
     assert [str(device) for device in devices.values()] == chosen

@@ -1,5 +1,6 @@
 """Tests of several processes, as torchrun starts them: they do the work of one, and end in order."""
 
+import datetime
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from variants import over_variants
 
 import configs
-from bookkeeping import checkpoints
+from bookkeeping import checkpoints, resuming
 from engine import processes, sharding
 
 
@@ -126,6 +127,13 @@ def test_several_processes_do_the_work_of_one_in_other_ways_of_training(script, 
     assert_like_one(script, tmp_path, 2, **KINDS[kind])
 
 
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("script", SCRIPTS[-2:], ids=lambda script: script.__name__)
+def test_several_processes_train_the_adapters_of_a_policy_and_its_critic(script, shard, tmp_path):
+    """Adapters stay whole with SHARD, too."""
+    assert_like_one(script, tmp_path, 2, **KINDS["lora"], SHARD=shard)
+
+
 def test_a_share_is_whole_prompts_of_about_as_many_tokens(monkeypatch):
     tokens, numbers = [5, 5, 9, 1, 1, 1, 8, 8], [0, 0, 1, 2, 2, 2, 3, 3]
     monkeypatch.setattr(processes, "size", lambda: 2)
@@ -181,12 +189,86 @@ def test_a_process_that_is_killed_ends_the_others_in_a_line_that_names_it(small,
     assert checkpoints.problem_of(checkpoints.newest(folder)) is None
 
 
-def test_a_signal_to_all_ends_them_with_one_checkpoint(small, tmp_path):
-    vars(small).update(MAX_STEPS=40, SAVE_EVERY=0, EVAL_EVERY=0, TENSORBOARD=False)
+def test_a_process_that_hangs_is_waited_for_and_then_named(small, tmp_path, monkeypatch):
+    vars(small).update(MAX_STEPS=4, SAVE_EVERY=1, TENSORBOARD=False)
+    monkeypatch.setattr(processes, "PATIENCE", datetime.timedelta(seconds=8))
+
+    def work():
+        stop_in_step(small, 1, lambda: time.sleep(1000))
+        small.main([])
+
+    first, second = start_processes(2, work, tmp_path)
+    text = "".join(first.communicate(timeout=100))
+    second.kill()
+    last = text.strip().splitlines()[-1]
+    assert first.returncode == 2 and "Traceback" not in text
+    assert "error: step" in last and "process 1 did not come to" in last and "was last seen at" in last
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert checkpoints.problem_of(checkpoints.newest(folder)) is None
+
+
+def test_all_processes_that_are_killed_leave_a_run_that_goes_on(small, tmp_path):
+    vars(small).update(MAX_STEPS=40, SAVE_EVERY=1, EVAL_EVERY=0, TENSORBOARD=False)
     started = start_processes(2, lambda: small.main([]), tmp_path)
     wait_for_steps(tmp_path, 2)
     for one in started:
-        os.kill(one.pid, signal.SIGTERM)
+        os.kill(one.pid, signal.SIGKILL)
+        one.join()
+    (folder,) = (tmp_path / "outputs").iterdir()
+    done = int(checkpoints.newest(folder).name.removeprefix("step-"))
+    small.MAX_STEPS = done + 1
+    codes, texts = run_processes(2, lambda: small.main(["--resume", str(folder)]), tmp_path)
+    assert codes == [0, 0] and f"after step {done}" in texts[0], texts
+
+
+def test_processes_that_were_not_started_alike_say_so(small, tmp_path):
+    def work():
+        small.main(["--learning-rate", "0.5"] if os.environ["RANK"] == "1" else [])
+
+    codes, texts = run_processes(2, work, tmp_path)
+    line = f"process 1 has LEARNING_RATE = 0.5, not {small.LEARNING_RATE!r}, unlike process 0; start all with the same"
+    assert codes == [2, 2] and all(line in text and "Traceback" not in text for text in texts), texts
+    assert not list((tmp_path / "outputs").iterdir())
+
+
+def test_process_0_finds_the_latest_run_for_all(small, tmp_path):
+    for name in ("gspo-1", "gspo-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+
+    def work():
+        if os.environ["RANK"] == "1":
+            resuming._latest = lambda *_: pytest.fail("process 1 looked for it")
+        print(resuming._run_folder("latest", str(tmp_path), configs.HERE / "gspo.py"))
+        time.sleep(1)  # process 0 holds the store
+
+    codes, texts = run_processes(2, work, tmp_path)
+    assert codes == [0, 0] and texts == [f"{tmp_path / 'gspo-2'}\n"] * 2, texts
+
+
+def test_a_folder_that_a_machine_does_not_see_is_a_warning(small, tmp_path):
+    vars(small).update(MAX_STEPS=1, TENSORBOARD=False, OUTPUT_DIR="outputs")
+
+    def work():
+        here = tmp_path / f"machine-{os.environ['RANK']}"
+        here.mkdir()
+        os.chdir(here)
+        small.main([])
+
+    codes, texts = run_processes(2, work, tmp_path)
+    assert codes == [0, 0], texts
+    assert "is not there for process 1, so the run cannot be resumed; give an --output-dir that all" in texts[0]
+
+
+def test_a_signal_to_all_ends_them_with_one_checkpoint(small, tmp_path):
+    """Even if it comes twice, as from Slurm and from torchrun."""
+    vars(small).update(MAX_STEPS=40, SAVE_EVERY=0, EVAL_EVERY=0, TENSORBOARD=False)
+    started = start_processes(2, lambda: small.main([]), tmp_path)
+    wait_for_steps(tmp_path, 2)
+    for _ in range(2):
+        for one in started:
+            os.kill(one.pid, signal.SIGTERM)
+        time.sleep(0.05)
     texts = ["".join(one.communicate(timeout=60)) for one in started]
     assert [one.returncode for one in started] == [143, 143], texts
     (folder,) = (tmp_path / "outputs").iterdir()
@@ -362,9 +444,9 @@ def test_gradients_are_those_of_one_process(script, constants, tmp_path):
                 assert difference.abs().max() < 1e-6 and difference.norm() < 3e-6 * size, (script.SHARD, rank)
 
 
-def train_in_processes(script, tmp_path, count, steps, resume=""):
+def train_in_processes(script, tmp_path, count, steps, resume="", shard=True):
     """Trains to a step, from the start or from where a run's folder has come to, and returns the run's folder."""
-    vars(script).update(MAX_STEPS=steps, RESUME=str(resume), SHARD=count > 1)
+    vars(script).update(MAX_STEPS=steps, RESUME=str(resume), SHARD=shard and count > 1)
     codes, texts = run_processes(count, functools.partial(train_sharded, script, tmp_path), tmp_path)
     assert codes == [0] * count, texts
     return max((tmp_path / "outputs").iterdir(), key=lambda path: (path / "metrics.jsonl").stat().st_mtime)
@@ -390,6 +472,15 @@ def test_a_sharded_run_goes_on_to_the_bit_and_with_another_number_of_processes(s
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4)
 
 
+def test_a_run_goes_on_to_the_bit_with_as_many_processes(small, tmp_path):
+    vars(small).update(LR_SCHEDULE="constant", LEARNING_RATE=1e-4, EVAL_EVERY=0, SAVE_EVERY=2, TENSORBOARD=False)
+    whole = train_in_processes(small, tmp_path, 2, 4, shard=False)
+    begun = train_in_processes(small, tmp_path, 2, 2, shard=False)
+    assert train_in_processes(small, tmp_path, 2, 4, begun, shard=False) == begun
+    expected = finals(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in finals(begun).items())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_at_rest_sharded_weights_stay_and_ratios_are_one(small, dtype, tmp_path):
     vars(small).update(MAX_STEPS=10, LEARNING_RATE=1e-30, COMPUTE_DTYPE=dtype, SAVE_EVERY=0, TENSORBOARD=False)
@@ -403,8 +494,9 @@ def test_at_rest_sharded_weights_stay_and_ratios_are_one(small, dtype, tmp_path)
         assert row["sampler_gap"] < (1e-5 if dtype == "float32" else 0.1)
 
 
-def test_a_signal_to_one_process_of_a_sharded_run_stops_all_after_the_step(small, tmp_path):
-    vars(small).update(MAX_STEPS=40, SAVE_EVERY=0, EVAL_EVERY=0, TENSORBOARD=False, SHARD=True)
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_signal_to_one_process_stops_all_after_the_step(small, shard, tmp_path):
+    vars(small).update(MAX_STEPS=40, SAVE_EVERY=0, EVAL_EVERY=0, TENSORBOARD=False, SHARD=shard)
     started = start_processes(2, lambda: small.main([]), tmp_path)
     wait_for_steps(tmp_path, 2)
     os.kill(started[1].pid, signal.SIGTERM)
@@ -435,33 +527,55 @@ def test_a_process_of_a_sharded_run_that_is_killed_ends_the_others_in_a_line_tha
     assert checkpoints.problem_of(checkpoints.newest(folder)) is None
 
 
-def test_a_run_outlives_the_end_of_torchrun_itself(tmp_path):
-    """Its processes end soon, in a line, and the run goes on from its newest checkpoint."""
+def torchrun(script, tmp_path, **environment):
+    """Starts two processes of a script with small steps under torchrun, which print to tmp_path / "printed"."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     flags = ["--max-steps", "40", "--save-every", "1", "--eval-size", "4", "--batch-size", "4", "--group-size", "4"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "gspo.py",
-        *flags,
-    ]
-    command += ["--output-dir", str(tmp_path / "outputs")]
+    flags += ["--output-dir", str(tmp_path / "outputs")]
     with open(tmp_path / "printed", "w") as printed:
-        torchrun = subprocess.Popen([*command, *flags], cwd=configs.HERE, stdout=printed, stderr=printed)
-        wait_for_steps(tmp_path, 2)
-        processes_of_run = psutil.Process(torchrun.pid).children(recursive=True)
-        torchrun.kill()
-        torchrun.wait()
-    _, alive = psutil.wait_procs(processes_of_run, timeout=60)
-    assert not alive
-    assert "cannot be reached" in (tmp_path / "printed").read_text()
+        settings = {"cwd": configs.HERE, "env": os.environ | environment, "stdout": printed, "stderr": printed}
+        return subprocess.Popen([*command, *flags], **settings)
+
+
+def assert_it_goes_on(tmp_path):
+    """Resumes the only run for a step, in one process."""
     (folder,) = (tmp_path / "outputs").iterdir()
     done = int(checkpoints.newest(folder).name.removeprefix("step-"))
     resumed = [sys.executable, "gspo.py", "--resume", str(folder), "--max-steps", str(done + 1)]
     assert subprocess.run(resumed, cwd=configs.HERE, capture_output=True).returncode == 0
+
+
+def test_a_run_outlives_the_end_of_torchrun_itself(tmp_path):
+    """Its processes end soon, in a line, and the run goes on from its newest checkpoint."""
+    parent = torchrun("gspo.py", tmp_path)
+    wait_for_steps(tmp_path, 2)
+    processes_of_run = psutil.Process(parent.pid).children(recursive=True)
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(processes_of_run, timeout=60)
+    assert not alive
+    assert "cannot be reached" in (tmp_path / "printed").read_text()
+    assert_it_goes_on(tmp_path)
+
+
+def test_a_signal_to_torchrun_stops_the_run_with_a_checkpoint(tmp_path):
+    parent = torchrun("gspo.py", tmp_path)
+    wait_for_steps(tmp_path, 2)
+    parent.terminate()
+    parent.wait(60)
+    printed = (tmp_path / "printed").read_text()
+    assert printed.count("SIGTERM: stopping") == 1 and printed.count("Stopped by SIGTERM: the state after step") == 1
+    assert_it_goes_on(tmp_path)
+
+
+def test_a_mistake_in_a_script_is_shown_once(tmp_path):
+    text = (configs.HERE / "gspo.py").read_text()
+    line = "def compute_kl(logps, ref_logps):\n"
+    assert text.count(line) == 1
+    (tmp_path / "gspo.py").write_text(text.replace(line, line + "    raise ValueError('a mistake')\n"))
+    assert torchrun(tmp_path / "gspo.py", tmp_path, PYTHONPATH=str(configs.HERE)).wait(120) == 1
+    printed = (tmp_path / "printed").read_text()
+    assert printed.count("ValueError: a mistake") == 1, printed
 
 
 @pytest.mark.skipif(shutil.which("ip") is None, reason="no command ip")
