@@ -68,7 +68,7 @@ POLICY_MODEL = "data/models/arithmetic-policy"  # folder or Hub id of the model 
 POLICY_REVISION = "main"  # branch, tag or commit of a Hub id
 POLICY_DTYPE = "float32"  # of the weights that train; "bfloat16" halves them, and swallows most updates below 1e-5
 COMPUTE_DTYPE = "auto"  # of matrix products; "auto" is bfloat16 on a GPU and float32 elsewhere; docs/numerics.md
-EXPERTS = "eager"  # how a mixture computes its experts; "grouped_mm" is faster on a GPU, and repeats no run to the bit
+EXPERTS = "eager"  # how a mixture computes its experts, to the bit each time; "grouped_mm" is for GPUs; docs/gspo.md
 REWARD_MODEL = "data/models/arithmetic-reward"  # folder or Hub id of a sequence classifier with one logit
 REWARD_REVISION = "main"  # branch, tag or commit of a Hub id
 USE_SEQUENCE_LEVEL_REWARD = True  # one reward per completion; False: REWARD_MODEL is a token classifier, one per token
@@ -169,6 +169,7 @@ limits = {
     "LOSS_AGGREGATION": (str, ("token_mean", "sequence_mean"), None),
     "RARE_BELOW": (float, lambda v: 0 < v < 1, "a probability, in (0, 1)"),
 }
+# Like the paper's, a cache is a fifth of the limit, more or less: of 1024 tokens with gsm8k, of 24 with smollm2.
 presets = {"gsm8k": {"OVERLONG_CACHE": 256}, "smollm2": {"OVERLONG_CACHE": 4}, "smollm2-lora": {"OVERLONG_CACHE": 4}}
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ POLICY_MODEL = "data/models/arithmetic-policy"  # folder or Hub id of the model 
 POLICY_REVISION = "main"  # branch, tag or commit of a Hub id
 POLICY_DTYPE = "float32"  # of the weights that train; "bfloat16" halves them, and swallows most updates below 1e-5
 COMPUTE_DTYPE = "auto"  # of matrix products; "auto" is bfloat16 on a GPU and float32 elsewhere; docs/numerics.md
-EXPERTS = "eager"  # how a mixture computes its experts; "grouped_mm" is faster on a GPU, and repeats no run to the bit
+EXPERTS = "eager"  # how a mixture computes its experts, to the bit each time; "grouped_mm" is for GPUs; docs/gspo.md
 REWARD_MODEL = "data/models/arithmetic-reward"  # folder or Hub id of a sequence classifier with one logit
 REWARD_REVISION = "main"  # branch, tag or commit of a Hub id
 USE_SEQUENCE_LEVEL_REWARD = True  # one reward per completion; False: REWARD_MODEL is a token classifier, one per token
@@ -178,6 +178,7 @@ limits = {
     "GROUP_SIZE": (int, lambda v: v >= 1, "at least 1 completion per prompt"),
 }
 policy_rests = "CRITIC_WARMUP_STEPS"
+# A critic that starts as a copy of a pretrained model wants a pretrained model's rate.
 gsm8k = {"GROUP_SIZE": 1, "BATCH_SIZE": 128, "CRITIC_LEARNING_RATE": 1e-5}
 presets = {"gsm8k": gsm8k, "gsm8k-reward-model": gsm8k, "smollm2": {"CRITIC_LEARNING_RATE": 1e-5}}
 presets["smollm2-lora"] = {"CRITIC_LEARNING_RATE": 3e-4}  # the critic trains adapters, too

@@ -67,7 +67,7 @@ POLICY_MODEL = "data/models/arithmetic-policy"  # folder or Hub id of the model 
 POLICY_REVISION = "main"  # branch, tag or commit of a Hub id
 POLICY_DTYPE = "float32"  # of the weights that train; "bfloat16" halves them, and swallows most updates below 1e-5
 COMPUTE_DTYPE = "auto"  # of matrix products; "auto" is bfloat16 on a GPU and float32 elsewhere; docs/numerics.md
-EXPERTS = "eager"  # how a mixture computes its experts; "grouped_mm" is faster on a GPU, and repeats no run to the bit
+EXPERTS = "eager"  # how a mixture computes its experts, to the bit each time; "grouped_mm" is for GPUs; docs/gspo.md
 REWARD_MODEL = "data/models/arithmetic-reward"  # folder or Hub id of a sequence classifier with one logit
 REWARD_REVISION = "main"  # branch, tag or commit of a Hub id
 USE_SEQUENCE_LEVEL_REWARD = True  # one reward per completion; False: REWARD_MODEL is a token classifier, one per token
@@ -184,7 +184,7 @@ conflicts = [(lambda v: 0 < v["ALPHA"] * v["MAX_COMPLETION_TOKENS"] <= 1, all_ze
 policy_rests = "VALUE_PRETRAIN_STEPS"
 gsm8k = {"GROUP_SIZE": 16, "BATCH_SIZE": 8, "ALPHA": 0.05, "VALUE_PRETRAIN_STEPS": 50, "CRITIC_LEARNING_RATE": 2e-6}
 presets = {"smoke": {"VALUE_PRETRAIN_STEPS": 1}, "gsm8k": gsm8k, "gsm8k-reward-model": gsm8k}
-for preset, rate in {"smollm2": 1e-5, "smollm2-lora": 3e-4}.items():  # with LoRA the critic trains adapters, too
+for preset, rate in {"smollm2": 1e-5, "smollm2-lora": 3e-4}.items():  # the critic is a copy of the policy, LoRA or not
     presets[preset] = {"VALUE_PRETRAIN_STEPS": 5, "CRITIC_LEARNING_RATE": rate}
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------

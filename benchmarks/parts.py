@@ -7,7 +7,7 @@ The work is an update, which is one optimizer step on a mini-batch, or the sampl
 or with room for a quarter of it ("refill"). It prints how many times as long the work takes without the optimisation:
 the median over the rounds, and the quartiles. Then it prints the model-flop utilisation with all of them: useful
 operations (workloads.py) over those of the best of some matrix products right afterwards. A profile gives the share of
-matrix products in the time of an update, and their speed. The first round warms up.
+matrix products in the time of a rollout and of an update, and their speed. The first round warms up.
 """
 
 import argparse
@@ -155,18 +155,18 @@ def measure(trainer, works, rounds):
         yield part, work, seconds[1:], shares[1:], ratios[1:]
 
 
-def matrix_products(trainer, works, rounds):
-    """Returns medians for an update: the share of matrix products in its time, their speed, and the speed of the whole.
+def matrix_products(trainer, works, work, rounds):
+    """Returns medians for a work: the share of matrix products in its time, their speed, and the speed of the whole.
 
-    Speeds are shares of the peak. The speed of the whole is that of an update without a profile, beside each profiled
+    Speeds are shares of the peak. The speed of the whole is that of the work without a profile, beside each profiled
     one.
     """
     device, found = trainer.policy_device.type, []
     time_of = operator.attrgetter(f"self_{'cpu' if device == 'cpu' else 'device'}_time_total")  # microseconds
     for number in range(rounds):
-        _, whole = measured(trainer, works, "update", number)
+        _, whole = measured(trainer, works, work, number)
         with torch.profiler.profile(with_flops=True) as profile:
-            works["update"](number)
+            works[work](number)
             synchronize()
         peak, operations = peak_flops(device, seconds=0.2), profile.key_averages()
         products = [one for one in operations if one.key in ("aten::mm", "aten::addmm", "aten::bmm")]
@@ -195,9 +195,11 @@ def main():
         for work, shares in utilisation.items():
             low, middle, high = statistics.quantiles(shares, method="inclusive")
             print(f"\nutilisation with all of them, {work}: {middle:.1%} (quartiles {low:.1%} to {high:.1%})", end="")
-        share, speed, whole = matrix_products(trainer, works, arguments.rounds)
-        print(f"\nmatrix products: {share:.0%} of an update's time, at {speed:.0%} of the peak; ", end="")
-        print(f"the updates beside, as a whole: {whole:.0%}")
+        for work in ("rollout", "update"):
+            share, speed, whole = matrix_products(trainer, works, work, arguments.rounds)
+            print(f"\n{work}, matrix products: {share:.0%} of the time, at {speed:.0%} of the peak; ", end="")
+            print(f"the work beside, as a whole: {whole:.0%}", end="")
+        print()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,11 @@ def trainer_metrics(trainer, step, rollouts):
     metrics = {"learning_rate": learning_rate_at(step, c), "kl_coef": trainer.kl_coef}
     metrics |= {"memory_halvings": trainer.fit_to_memory.halvings.total()} | trainer.rewards.report()
     metrics |= correction_metrics(rollouts, trainer.sampler.correction)
-    return metrics | routing_metrics(trainer.policy, rollouts, c.GROUP_SIZE, c.MICRO_BATCH_TOKENS, c.COMPUTE_DTYPE)
+
+    def of_routers(token_budget):
+        return routing_metrics(trainer.policy, rollouts, c.GROUP_SIZE, token_budget, c.COMPUTE_DTYPE)
+
+    return metrics | trainer.fit_to_memory("log-probs", c.MICRO_BATCH_TOKENS, of_routers)
 
 
 def sampler_gap(rollouts, logps):

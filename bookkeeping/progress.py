@@ -41,15 +41,18 @@ class Progress:
 
 
 def warn_about_learning_rate(constants, policy):
-    """Warns if LEARNING_RATE is far too high for a policy of this size.
+    """Warns if LEARNING_RATE is far too high for a policy of this size, or far too low for adapters.
 
-    Adapters are not judged, because they want a higher rate, about 1e-4, at any size.
+    Adapters want about 1e-4 at any size. The rates of presets that train all weights are below that.
     """
     weights = sum(parameter.numel() for parameter in policy.parameters())
     usual = max(1e3 / weights, 1e-6)  # 7e-6 for 135 M weights, 2e-6 for 0.6 B
     if constants.LORA_RANK == 0 and constants.LEARNING_RATE > 10 * usual:
         too_high = f"LEARNING_RATE = {constants.LEARNING_RATE:g} is far too high for {weights / 1e6:.1f} M weights"
         print(f"Warning: {too_high}, and may undo what they have learned; give about --learning-rate {usual:.0e}")
+    elif constants.LORA_RANK > 0 and constants.LEARNING_RATE < 2e-5:
+        too_low = f"LEARNING_RATE = {constants.LEARNING_RATE:g} is for all weights, and adapters hardly learn at it"
+        print(f"Warning: {too_low}; give about --learning-rate 1e-4")
 
 
 def say_if_accuracy_fell(history, prompts, files):

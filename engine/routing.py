@@ -42,13 +42,16 @@ class Routing:
     def watch(self, given=None):
         """Gives experts to the passes inside, or lets the routers choose, and sees what they do.
 
-        The given ones stay until the next call, because in the backward pass checkpointing runs the routers again.
+        If there are gradients, the given ones stay until the next call, because in the backward pass checkpointing runs
+        the routers again.
         """
         self.given, self.seen = given, []
         try:
             yield self
         finally:
             self.seen = None
+            if not torch.is_grad_enabled():
+                self.given = None
 
     def take(self):
         """Returns the experts of the pass that just ended, (tokens, layers, k), in bytes if they fit."""
@@ -76,8 +79,9 @@ def experts_of_tokens(rollouts):
 
 def loads_of(experts, count):
     """Returns each expert's share of a layer's choices, (layers, count). experts: (tokens, layers, k), below count."""
-    chosen = torch.nn.functional.one_hot(experts, count).sum(2)  # (tokens, layers, count)
-    return chosen.double().mean(0) / experts.shape[2]
+    tokens, layers, k = experts.shape
+    numbers = experts + count * torch.arange(layers, device=experts.device)[:, None]  # of all layers' experts
+    return numbers.flatten().bincount(minlength=layers * count).view(layers, count).double() / tokens / k
 
 
 def load_balancing_loss(routing, batch):

@@ -34,7 +34,9 @@ def flags_of(program):
             for name, value in CONSTANTS[program].items()
             if type(value) is bool
         }
-    return set(re.findall(r'add_argument\("(--[a-z0-9-]+)"', (ROOT / f"{program}.py").read_text()))
+    text = (ROOT / f"{program}.py").read_text()
+    of_mechanism = re.findall(r"(\w+)=", "".join(re.findall(r"parse\(__doc__, (.*)\)", text)))
+    return {*re.findall(r'add_argument\("(--[a-z0-9-]+)"', text), *("--" + name for name in of_mechanism)}
 
 
 def rows_of(page, heading):
@@ -50,6 +52,8 @@ def test_every_constant_named_exists(page):
         "HF_HUB_OFFLINE",
         "GOMP_SPINCOUNT",
         "NCCL_DEBUG",
+        "NCCL_SOCKET_IFNAME",
+        "GLOO_SOCKET_IFNAME",
         "SLURM_JOB_NODELIST",
         "USE_TOKEN_LEVEL_LOSS",  # names of tutorials, in docs/gspo.md
         "USE_GROUP_NORMALIZATION",
@@ -81,6 +85,7 @@ def test_every_flag_named_exists(page):
         "benchmarks/floor",
         "benchmarks/processes",
         "benchmarks/experts",
+        *(f"benchmarks/mechanisms/{path.stem}" for path in (ROOT / "benchmarks/mechanisms").glob("*.py")),
         "benchmarks/scaling",
         "data/make_arithmetic",
     ]:

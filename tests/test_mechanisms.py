@@ -47,6 +47,7 @@ def run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(FOLDER)
     model = ["--model", str(small_mixture(tmp_path / "model"))] if name == "experts" else []
     monkeypatch.setattr(sys, "argv", [name, *SMALLEST[name].split(), *model, "--pictures", str(tmp_path)])
+    monkeypatch.delitem(sys.modules, name, raising=False)  # a benchmark may have the same name
     module = importlib.import_module(name)
     for script in (module.__dict__.get("gspo"), module.__dict__.get("dapo"), importlib.import_module("gspo")):
         if script is not None:

@@ -51,6 +51,13 @@ def logps_of(model, rollouts, replay):
     return gspo.completion_logps(model, rollouts)[0]
 
 
+def gradients_of(model, rollouts, replay):
+    """Returns the bytes of each weight's gradient."""
+    model.zero_grad()
+    logps_of(model, rollouts, replay).sum().backward()
+    return [weight.grad.numpy().tobytes() for weight in model.parameters()]
+
+
 @pytest.mark.parametrize("rows", [PROMPTS, STARTED], ids=["prompts", "a common start"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_replayed_pass_is_bit_identical_to_the_recorded_one(kind, rows):
@@ -61,6 +68,7 @@ def test_a_replayed_pass_is_bit_identical_to_the_recorded_one(kind, rows):
     own, of_pass = logps_of(plain, rollouts, ""), forgotten(rollouts)
     for replay, given in (("", rollouts), ("r3", rollouts), ("r2", of_pass), ("r2", of_pass)):
         assert torch.equal(logps_of(model, given, replay), own)
+        assert gradients_of(model, given, replay) == gradients_of(plain, rollouts, "")
     assert torch.equal(of_pass.experts.sort(-1).values, rollouts.experts.sort(-1).values)  # sampler and trainer agree
     shifted = rollouts.of(vars(rollouts) | {"experts": rollouts.experts.roll(1, 1)})
     assert (logps_of(model, shifted, "r3") - own).abs().max() > 0.1  # a record that is out of place shows
@@ -228,6 +236,30 @@ def test_the_load_balancing_loss_is_that_of_the_paper_however_a_batch_is_split()
             found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradient = torch.zeros_like(parameter) if gradient is None else gradient
             torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_the_shipped_mixtures_sampler_and_trainer_choose_the_same_experts(small):
+    small.POLICY_MODEL, small.ROUTING_REPLAY, small.REWARDS = "data/models/arithmetic-moe", "r3", "exact_match"
+    trainer = small.GSPOTrainer()
+    with trainer.reference as model:
+        assert routing.routing_of(model) is None and model is not trainer.policy  # it is never replayed
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    replayed = trainer.compute_log_probs(trainer.policy, rollouts)
+    own = rollouts.of(vars(rollouts) | {"experts": None})
+    logps = trainer.compute_log_probs(trainer.policy, own)
+    assert torch.equal(own.experts.sort(-1).values, rollouts.experts.sort(-1).values)
+    assert torch.equal(logps, replayed) and (logps - rollouts.sampled_logps).abs().max() < 1e-4
+    shifted = rollouts.of(vars(rollouts) | {"experts": rollouts.experts.roll(1, 1)})
+    wrong = trainer.compute_log_probs(trainer.policy, shifted)
+    assert (wrong - logps).abs().max() > 1  # nats
+
+
+def test_after_a_step_the_policy_chooses_its_own_experts(small):
+    small.POLICY_MODEL, small.ROUTING_REPLAY = "data/models/arithmetic-moe", "r3"
+    trainer = small.GSPOTrainer()
+    trainer.train_step(1)
+    assert trainer.policy.routing.given is None
+    trainer.policy(torch.zeros(1, 500, dtype=torch.long))  # more tokens than the step had given experts for
 
 
 def test_the_metrics_of_routers_equal_a_count():

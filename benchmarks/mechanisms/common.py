@@ -94,6 +94,7 @@ def draw_seeds(axis, values, label):
     (line,) = axis.plot(values.nanmean(0), label=label)
     steps, low, high = range(values.shape[1]), values.amin(0), values.amax(0)
     axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def save(figure, folder, name):

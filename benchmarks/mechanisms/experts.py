@@ -13,7 +13,8 @@ completions (GSPO's), without and with replay.
 
 The last rows are about a sampler that differs: the weights of its routers are off by a tenth of their standard
 deviation, as a quantized or older copy might be. Before any update, log π/π_sampler should be 0. It prints its standard
-deviation over tokens with the trainer's own experts, and with the sampler's. It draws docs/mechanisms/experts.png.
+deviation over tokens with the trainer's own experts, and with the sampler's. It draws docs/mechanisms/experts.png: the
+standard deviations, and those with replay over those without for each seed.
 """
 
 import contextlib
@@ -74,7 +75,7 @@ def main():
                 found[quantity][replay].append(value)
     print(f"expert sets changed by the updates, {arguments.updates}: {spread(changed)} of (token, layer)\n")
     print("| quantity | own experts | replayed | replayed over own |\n|---|---|---|---|")
-    figure, (axis,) = figure_of(1)
+    figure, (axis, beside) = figure_of(2)
     for place, (quantity, by_replay) in enumerate(found.items()):
         own, replayed = by_replay[""], by_replay["r3"]
         ratios = [b / a for a, b in zip(own, replayed, strict=True)]
@@ -83,8 +84,13 @@ def main():
             label = None if place else "own experts" if offset < 0 else "replayed"
             axis.bar(place + offset, sum(values) / len(values), 0.36, color=colour, label=label)
             axis.plot([place + offset] * len(values), values, "k.", ms=5)
-    axis.set_xticks(range(3), QUANTITIES)
-    axis.set(ylabel="nats", title="Dots: seeds")
+        beside.plot([place] * len(ratios), ratios, "k.", ms=5)
+        beside.plot([place - 0.15, place + 0.15], [sum(ratios) / len(ratios)] * 2, color="C1")
+    beside.axhline(1, color="grey", linewidth=1, linestyle=":")
+    for one in (axis, beside):
+        one.set_xticks(range(3), [quantity.replace(", ", "\n") for quantity in QUANTITIES])
+    axis.set(ylabel="nats", title="Spread of the ratios (dots: seeds)")
+    beside.set(title="Replayed over own; below 1 replay narrows the ratios", ylim=(0, None), xlim=(-0.5, 2.5))
     axis.legend()
     save(figure, arguments.pictures, "experts")
 

@@ -14,8 +14,8 @@ docs/mechanisms/overlong.png.
 import torch
 from common import dapo, draw_seeds, figure_of, parse, save, spread, trainer_of
 
-LIMIT = 32
-WAYS = {"neither": (0, False), "soft penalty": (8, False), "filter": (0, True), "both": (8, True)}
+LIMIT = 24
+WAYS = {"neither": (0, False), "soft penalty": (6, False), "filter": (0, True), "both": (6, True)}
 
 
 def run(seed, steps, cache, filtered):

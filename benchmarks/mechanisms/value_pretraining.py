@@ -5,9 +5,10 @@
 
 vapo.py trains on the embedded task without and with pre-training of the critic (VALUE_PRETRAIN_STEPS), and then with
 LAMBDA_CRITIC 1 and 0.95. The critic begins at the policy's weights with a head of 0. It prints the explained variance
-of the returns in the first steps in which the policy learns, and the bias of the values, the mean of value − outcome,
-in the first and last fifth of a completion's tokens over the last half of the steps. It draws
-docs/mechanisms/value_pretraining.png.
+of the outcomes in the first steps in which the policy learns: 1 − Var(outcome − value) / Var(outcome) over all tokens.
+An outcome is the sum of a token's rewards from there on, whatever λ_critic is. It also prints the bias of the values,
+the mean of value − outcome, in the first and last fifth of a completion's tokens over the last half of the steps. It
+draws docs/mechanisms/value_pretraining.png.
 """
 
 import torch
@@ -32,15 +33,15 @@ def run(seed, steps, pretraining, way):
         mask, lengths = rollouts.completion_mask, rollouts.completion_lengths[:, None]
         fifth = (torch.arange(mask.shape[1]) * FIFTHS // lengths).clamp(max=FIFTHS - 1)
         error = rollouts.values - rollouts.outcomes
+        if step > way["VALUE_PRETRAIN_STEPS"]:
+            variances.append(1 - (error[mask].var() / rollouts.outcomes[mask].var()).item())
         if step > total - max(1, steps // 2):
             biases.append([error[mask & (fifth == i)].mean().item() for i in range(FIFTHS)])
         return update_policy(rollouts, step)
 
     trainer.update_policy = update
     for step in range(1, total + 1):
-        variance = trainer.train_step(step)["explained_variance"]
-        if step > way["VALUE_PRETRAIN_STEPS"]:
-            variances.append(float("nan") if variance is None else variance)
+        trainer.train_step(step)
     return torch.tensor(variances), torch.tensor(biases).nanmean(0)
 
 
@@ -59,7 +60,8 @@ def main():
         fifths = range(1, FIFTHS + 1)
         (line,) = right.plot(fifths, biases.mean(0), "o-", label=name)
         right.fill_between(fifths, biases.amin(0), biases.amax(0), color=line.get_color(), alpha=0.15)
-    left.set(title="Explained variance of the returns", xlabel="training steps of the policy", ylim=(-0.3, 0.5))
+    left.set(title="Explained variance of the outcomes", xlabel="training steps of the policy", ylim=(-0.3, 0.5))
+    right.set_xticks(fifths)
     right.set(title="Bias of the values", xlabel="fifth of a completion's tokens", ylabel="mean of value − outcome")
     left.legend()
     save(figure, arguments.pictures, "value_pretraining")
