@@ -4,8 +4,8 @@
 #     sudo benchmarks/two_hosts.sh gspo.py --max-steps 3 --eval-size 16
 #
 # It needs the command ip and the right to make network namespaces; without these it ends with code 77. PYTHON is the
-# interpreter, .venv/bin/python if it is not set. Each host runs torchrun with one process. What both print stands in the
-# folder that is named first.
+# interpreter, .venv/bin/python if it is not set. Each host runs torchrun with one process. No name leads to these
+# addresses, so torchrun is told which one is the first host's. What both print stands in the folder that is named first.
 set -u
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-.venv/bin/python}
@@ -35,7 +35,8 @@ trap clean EXIT
 set_up || exit 77
 for number in 1 2; do
     ip netns exec "host-$number" env GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 "$python" -m torch.distributed.run \
-        --nnodes 2 --nproc-per-node 1 --node-rank $((number - 1)) --master-addr 10.77.0.1 --master-port 29511 "$@" \
+        --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29511 --local-addr "10.77.0.$number" \
+        --rdzv-conf is_host=$((2 - number)) "$@" \
         > "$out/host-$number" 2>&1 &
     pids[number]=$!
 done

@@ -3,8 +3,8 @@
     python benchmarks/mechanisms/overlong.py                 three seeds
     python benchmarks/mechanisms/overlong.py --seeds 1 --steps 4
 
-dapo.py trains on the embedded task with a limit of 32 tokens, which cuts many of the policy's rambling completions.
-There is no dynamic sampling, so that each way gets as many samples.
+dapo.py trains on the embedded task with a limit of 24 tokens. Solutions have about 20, so some end near it, and
+rambling completions are cut. There is no dynamic sampling, so that each way gets as many samples.
 OVERLONG_CACHE is the length over which the penalty grows from 0 to 1 below the limit, 0 for none. OVERLONG_FILTER
 leaves completions without an end out of the loss. It prints the share of truncated completions and of those in the last
 quarter below the limit, at the start and at the end, and the held-out accuracy at the end. It draws
