@@ -8,7 +8,7 @@ from pathlib import Path
 import configs
 from bookkeeping import checkpoints
 from bookkeeping.folder import finite, sha256_of_rewards
-from bookkeeping.resuming import fingerprints
+from bookkeeping.resuming import MADE_FROM, fingerprints
 from bookkeeping.saving import copies_of_sharded, copy_of, load_state, state_of
 from bookkeeping.signals import Stopped, StopSignals
 from configs import InputError, as_saved
@@ -26,7 +26,7 @@ def meet_at_start(constants, made_from, folder="", checkpoint=""):
     """
     script = hashlib.sha256(constants.text.encode()).hexdigest()
     content = made_from | {constants.path.name: script, "rewards.py": sha256_of_rewards()}
-    own = {name: value for name, value in as_saved(constants.values()).items() if not name.endswith(OWN)}
+    own = {name: value for name, value in as_saved(constants.values()).items() if not name.endswith(OWN + MADE_FROM)}
     known = processes.from_all((own, content, (str(folder), str(checkpoint))), "the start of the run")
     own, content, places = known[0]
     for number, (others, other_content, _) in enumerate(known):
@@ -61,12 +61,14 @@ class Follower:
         return self
 
     def __exit__(self, kind, error, _):
-        self.signals.__exit__()
-        if kind is Stopped:
-            self.gather()
-            processes.from_all(None, "the checkpoint")  # process 0 writes it
-            time.sleep(configs.ALONE)  # torchrun ends all when the first one ends, and process 0 has more to do
-            sys.exit(128 + self.signals.received)
+        try:
+            if kind is Stopped:
+                self.gather()
+                processes.from_all(None, "the checkpoint")  # process 0 writes it
+                time.sleep(configs.ALONE)  # torchrun ends all when the first one ends, and process 0 has more to do
+                sys.exit(128 + self.signals.received)
+        finally:
+            self.signals.__exit__()
         left = self.signals.received or processes.told("stopped")  # process 0, which saves alone
         if kind is InputError and left:
             sys.exit(128 + int(left))

@@ -336,7 +336,8 @@ class Run:
             processes.tell("stopped", str(int(self.signals.received)))
         saved = can_save and self.checkpoint() and self.saver.wait()
         if self.signals.agreed:
-            processes.from_all(None, "the checkpoint")  # the others wait, because torchrun ends all with the first
+            with contextlib.suppress(InputError):  # one has gone already
+                processes.from_all(None, "the checkpoint")  # the others wait, because torchrun ends all with the first
         path = checkpoints.newest(self.folder)
         if self.history[1:]:
             self._draw()

@@ -65,6 +65,7 @@ class StopSignals:
             sent = next((number for number in from_all(self.received, "the end of a step") if number), None)
             if sent is None:
                 return  # one that came meanwhile is sent at the next meeting
+            self.since = time.monotonic()
             self.received, self.agreed = sent, True
         if self.received:
             raise Stopped
@@ -82,7 +83,8 @@ class StopSignals:
             os.kill(os.getpid(), number)
         if self.received is not None:
             return  # Slurm and torchrun may both pass a signal on
-        self.received, self.since = signal.Signals(number), now
+        self.since = now  # first, because the next signal may come between the two
+        self.received = signal.Signals(number)
         if rank() == 0:
             once_more = f"once more, after {configs.ALONE} seconds," if self.together else "once more"
             tqdm.write(f"{self.received.name}: stopping, with a checkpoint; {once_more} stops at once, without")

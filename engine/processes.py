@@ -19,6 +19,7 @@ from engine.rollouts import Rollouts
 
 AT_ONCE = 2**26  # numbers in a message, a quarter of a GB
 PATIENCE = datetime.timedelta(minutes=20)  # how long the others wait for a process
+TOGETHER = datetime.timedelta(minutes=2)  # how long they wait for its first word, before anything is loaded
 
 
 class Meetings:
@@ -27,6 +28,7 @@ class Meetings:
     places = None  # torch.distributed's store, and the number of this process and of all, once they are known
     store = None  # the same store, once several processes have met
     count = 0  # of this process
+    ended = 0  # runs of this process that have
     in_step = False  # whether each pass through a model is one, because its weights are sharded
     mesh = None  # of the sharded weights
 
@@ -81,27 +83,33 @@ def from_first(what, decide):
     """Returns the text that process 0 decides on, in each process. decide: a function, which process 0 calls."""
     if not several():
         return decide()
-    store, number, _ = find()
-    try:
-        if number == 0:
-            tell(what, decide())
-        return store.get(what).decode()
-    except RuntimeError as error:
-        raise InputError(f"process 0 did not tell {what} ({' '.join(str(error).split())[:120]})") from None
+    if os.environ["RANK"] == "0":
+        tell(what, text := decide())
+        return text
+    with contextlib.suppress(RuntimeError):
+        find()[0].wait([_key(what)], TOGETHER)
+    if not (text := told(what)):
+        raise InputError(f"process 0 has not told {what}; start all processes with the same flags")
+    return text
 
 
 def tell(what, text):
     """Lets the other processes know a text, without waiting for them."""
-    if several():
-        find()[0].set(what, text)
+    with contextlib.suppress(RuntimeError):  # the store is gone with the process that held it
+        if several():
+            find()[0].set(_key(what), text)
 
 
 def told(what):
     """Returns the text that a process has told, or "" if none has, or if none can be reached."""
-    with contextlib.suppress(RuntimeError):  # the store is gone with the process that held it
-        if several() and find()[0].check([what]):
-            return find()[0].get(what).decode()
+    with contextlib.suppress(RuntimeError):
+        if several() and find()[0].check([_key(what)]):
+            return find()[0].get(_key(what)).decode()
     return ""
+
+
+def _key(what):
+    return f"{what}, of run {Meetings.ended + 1}"  # torchrun's store outlives a run
 
 
 def start(device):
@@ -123,6 +131,7 @@ def end():
             dist.destroy_process_group()
         Meetings.store = Meetings.places = Meetings.mesh = None
         Meetings.in_step = False
+        Meetings.ended += 1
 
 
 def several():

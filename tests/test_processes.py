@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import psutil
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from variants import over_variants
 
 import configs
-from bookkeeping import checkpoints, resuming
+from bookkeeping import checkpoints, resuming, run
 from engine import processes, sharding
 
 
@@ -191,7 +192,7 @@ def test_a_process_that_is_killed_ends_the_others_in_a_line_that_names_it(small,
 
 def test_a_process_that_hangs_is_waited_for_and_then_named(small, tmp_path, monkeypatch):
     vars(small).update(MAX_STEPS=4, SAVE_EVERY=1, TENSORBOARD=False)
-    monkeypatch.setattr(processes, "PATIENCE", datetime.timedelta(seconds=8))
+    monkeypatch.setattr(processes, "PATIENCE", datetime.timedelta(seconds=15))
 
     def work():
         stop_in_step(small, 1, lambda: time.sleep(1000))
@@ -211,10 +212,12 @@ def test_all_processes_that_are_killed_leave_a_run_that_goes_on(small, tmp_path)
     vars(small).update(MAX_STEPS=40, SAVE_EVERY=1, EVAL_EVERY=0, TENSORBOARD=False)
     started = start_processes(2, lambda: small.main([]), tmp_path)
     wait_for_steps(tmp_path, 2)
+    (folder,) = (tmp_path / "outputs").iterdir()
+    while checkpoints.newest(folder) is None:
+        time.sleep(0.1)
     for one in started:
         os.kill(one.pid, signal.SIGKILL)
         one.join()
-    (folder,) = (tmp_path / "outputs").iterdir()
     done = int(checkpoints.newest(folder).name.removeprefix("step-"))
     small.MAX_STEPS = done + 1
     codes, texts = run_processes(2, lambda: small.main(["--resume", str(folder)]), tmp_path)
@@ -232,9 +235,10 @@ def test_processes_that_were_not_started_alike_say_so(small, tmp_path):
 
 
 def test_process_0_finds_the_latest_run_for_all(small, tmp_path):
-    for name in ("gspo-1", "gspo-2"):
+    for second, name in enumerate(("gspo-1", "gspo-2")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
+        os.utime(tmp_path / name / "config.json", (second, second))
 
     def work():
         if os.environ["RANK"] == "1":
@@ -244,6 +248,35 @@ def test_process_0_finds_the_latest_run_for_all(small, tmp_path):
 
     codes, texts = run_processes(2, work, tmp_path)
     assert codes == [0, 0] and texts == [f"{tmp_path / 'gspo-2'}\n"] * 2, texts
+
+
+def test_a_process_alone_that_resumes_says_so(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "TOGETHER", datetime.timedelta(seconds=3))
+
+    def work():
+        if os.environ["RANK"] == "0":
+            processes.find()  # it holds the store
+            time.sleep(8)
+        else:
+            small.main(["--resume", "latest"])
+
+    (_, code), (_, text) = run_processes(2, work, tmp_path)
+    assert code == 2 and "process 0 has not told the latest run; start all processes with the same flags" in text
+
+
+def test_a_stop_keeps_its_checkpoint_if_the_store_has_gone(small, tmp_path):
+    vars(small).update(MAX_STEPS=40, SAVE_EVERY=0, EVAL_EVERY=0, TENSORBOARD=False)
+
+    def work():
+        def stop():
+            processes.Meetings.places = mock.Mock(set=mock.Mock(side_effect=RuntimeError("gone"))), 0, 2
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        stop_in_step(small, 0, stop)
+        small.main([])
+
+    codes, texts = run_processes(2, work, tmp_path)
+    assert codes[0] == 143 and "Stopped by SIGTERM: the state after step 2" in texts[0], texts
 
 
 def test_a_folder_that_a_machine_does_not_see_is_a_warning(small, tmp_path):
@@ -495,9 +528,23 @@ def test_at_rest_sharded_weights_stay_and_ratios_are_one(small, dtype, tmp_path)
 
 
 @pytest.mark.parametrize("shard", [False, True])
-def test_a_signal_to_one_process_stops_all_after_the_step(small, shard, tmp_path):
+def test_a_signal_to_one_process_stops_all_after_the_step(small, shard, tmp_path, monkeypatch):
+    """The others get it too, but late, while the checkpoint is written."""
     vars(small).update(MAX_STEPS=40, SAVE_EVERY=0, EVAL_EVERY=0, TENSORBOARD=False, SHARD=shard)
-    started = start_processes(2, lambda: small.main([]), tmp_path)
+    checkpoint = run.Run.checkpoint
+
+    def late(self):
+        for one in (os.getpid(), int((tmp_path / "pid-1").read_text())):
+            os.kill(one, signal.SIGTERM)
+        return checkpoint(self)
+
+    monkeypatch.setattr(run.Run, "checkpoint", late)
+
+    def work():
+        (tmp_path / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+        small.main([])
+
+    started = start_processes(2, work, tmp_path)
     wait_for_steps(tmp_path, 2)
     os.kill(started[1].pid, signal.SIGTERM)
     texts = ["".join(one.communicate(timeout=60)) for one in started]
