@@ -9,7 +9,7 @@ from test_rollouts import PROMPTS, STARTED, VOCABULARY, completion, sample
 
 import configs
 import gspo
-from bookkeeping.metrics import routing_metrics
+from bookkeeping.metrics import Clock, routing_metrics
 from engine import packing, routing
 from inputs.load import Reference, add_routing, prepare_to_train
 from inputs.lora import add_lora
@@ -252,6 +252,23 @@ def test_the_shipped_mixtures_sampler_and_trainer_choose_the_same_experts(small)
     shifted = rollouts.of(vars(rollouts) | {"experts": rollouts.experts.roll(1, 1)})
     wrong = trainer.compute_log_probs(trainer.policy, shifted)
     assert (wrong - logps).abs().max() > 1  # nats
+
+
+def test_r2_records_the_experts_of_the_pass_for_old_logps(small):
+    small.POLICY_MODEL, small.ROUTING_REPLAY = "data/models/arithmetic-moe", "r2"
+    trainer = small.GSPOTrainer()
+    trainer.sampler.exact = False  # as in bfloat16
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters():  # so that the trainer chooses others than the sampler did
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    sampled = rollouts.experts.clone()
+    trainer.add_scores(rollouts, 1, Clock(trainer.policy_device))
+    assert (rollouts.experts.sort(-1).values != sampled.sort(-1).values).any()
+    replayed = trainer.compute_log_probs(trainer.policy, rollouts)
+    torch.testing.assert_close(replayed, rollouts.old_logps, rtol=1e-5, atol=1e-5)
+    rollouts.experts = sampled
+    assert (trainer.compute_log_probs(trainer.policy, rollouts) - rollouts.old_logps).abs().max() > 1e-3
 
 
 def test_after_a_step_the_policy_chooses_its_own_experts(small):
