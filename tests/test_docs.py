@@ -93,8 +93,9 @@ def test_every_flag_named_exists(page):
         for command in re.findall(rf"(?:python |`){program}\.py((?: +--?[\w-]+(?:[ =][^\s`|]+)*)+)", text):
             own = re.sub(r'"[^"]*"', "", command)  # without the flags that it gives to a script
             assert set(re.findall(r"--[a-z][a-z0-9-]*", own)) <= flags_of(program) | {"--help"}, command
-    of_torchrun = {"--signals-to-handle", "--shutdown-timeout", "--nproc-per-node"}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) - {"--help"} - of_torchrun
+    of_others = {"--signals-to-handle", "--shutdown-timeout", "--nproc-per-node", "--rdzv-conf"}  # torchrun
+    of_others |= {"--limit"}  # lm_eval
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) - {"--help"} - of_others
     assert named <= known, f"{page.name} names {sorted(named - known)}"
 
 
