@@ -126,6 +126,8 @@ KINDS = {
 def test_several_processes_do_the_work_of_one_in_other_ways_of_training(script, kind, tmp_path):
     """Among them mini-batches of which a process has nothing, because its groups are dead or elsewhere."""
     assert_like_one(script, tmp_path, 2, **KINDS[kind])
+    if kind == "no kl":  # each process has one of the two groups
+        assert any(row.get("dead_groups") == 0.5 for row in of(tmp_path, "alone")[0])
 
 
 @pytest.mark.parametrize("shard", [False, True])
