@@ -467,16 +467,16 @@ def test_gradients_are_those_of_one_process(script, constants, tmp_path):
     work = functools.partial(save_gradients, script, tmp_path)
     work()
     expected = torch.load(tmp_path / "gradients-alone.pt")
-    for script.SHARD in (False, True):
-        codes, texts = run_processes(2, work, tmp_path)
-        assert codes == [0, 0], texts
-        for rank in (0, 1):
+    for count, script.SHARD in ((2, False), (4, False), (2, True)):
+        codes, texts = run_processes(count, work, tmp_path)
+        assert codes == [0] * count, texts
+        for rank in range(count):
             found = torch.load(tmp_path / f"gradients-{rank}.pt")
             for gradients, right in zip(found, expected, strict=True):
                 difference = torch.cat([(gradients[name] - value).flatten() for name, value in right.items()])
                 size = torch.cat([value.flatten() for value in right.values()]).norm()
                 assert gradients.keys() == right.keys()
-                assert difference.abs().max() < 1e-6 and difference.norm() < 3e-6 * size, (script.SHARD, rank)
+                assert difference.abs().max() < 1e-6 and difference.norm() < 3e-6 * size, (count, script.SHARD, rank)
 
 
 def train_in_processes(script, tmp_path, count, steps, resume="", shard=True):
@@ -516,10 +516,11 @@ def test_a_run_goes_on_to_the_bit_with_as_many_processes(small, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in finals(begun).items())
 
 
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_at_rest_sharded_weights_stay_and_ratios_are_one(small, dtype, tmp_path):
+def test_at_rest_weights_stay_and_ratios_are_one(small, dtype, shard, tmp_path):
     vars(small).update(MAX_STEPS=10, LEARNING_RATE=1e-30, COMPUTE_DTYPE=dtype, SAVE_EVERY=0, TENSORBOARD=False)
-    folder = train_in_processes(small, tmp_path, 2, 10)
+    folder = train_in_processes(small, tmp_path, 2, 10, shard=shard)
     before = load_file(configs.HERE / small.POLICY_MODEL / "model.safetensors")
     after = load_file(folder / "final/model.safetensors")
     assert all(torch.equal(value, before[name]) for name, value in after.items())
