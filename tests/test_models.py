@@ -11,6 +11,7 @@ import tokenizers
 import torch
 import transformers
 from conftest import SCRIPTS, keep_weights, let_the_policy_train, trainer_of
+from torch.utils.flop_counter import FlopCounterMode
 
 import configs
 import dapo
@@ -580,3 +581,32 @@ def test_the_preset_of_a_chat_model_trains_with_any_script(script, preset, model
     printed = capsys.readouterr().out
     assert "left out" not in printed and "far too high" not in printed and "Held-out accuracy" in printed
     assert script.WHOLE_GROUPS and script.LORA_RANK == (16 if preset == "smollm2-lora" else 0)
+
+
+def test_against_trl_counts_what_an_update_of_a_chat_needs(model_folder, monkeypatch):
+    """Torch's own counter sees the products of an update, forward and backward. One group of three is dead."""
+    monkeypatch.syspath_prepend(configs.HERE / "benchmarks")
+    import against_trl
+    import workloads
+
+    flags = ["--policy-model", model_folder("qwen3"), "--batch-size", "3", "--group-size", "4", "--mini-batches", "1"]
+    workloads.set_constants("smollm2", "", 2, flags=["--kl-coef", "0", *flags])
+    monkeypatch.setattr(against_trl, "accuracy", lambda *_: {})
+    monkeypatch.setattr(grpo.GRPOTrainer, "compute_rewards", lambda *_: torch.tensor([1.0, 0, 0, 0] * 2 + 4 * [1.0]))
+    gradient, products = grpo.GRPOTrainer.compute_gradient, []
+
+    def counted_gradient(*arguments):
+        with FlopCounterMode(display=False) as counter:
+            done = gradient(*arguments)
+        products.append(counter.get_flop_counts()["Global"][torch.ops.aten.mm])
+        return done
+
+    monkeypatch.setattr(grpo.GRPOTrainer, "compute_gradient", counted_gradient)
+    model, rows, *_ = against_trl.run_ours("smollm2", 2)
+    for row, found in zip(rows, products, strict=True):
+        assert row["moving"] == 8 * [True] + 4 * [False]
+        sizes = row["sizes"][:8]
+        tokens = workloads.useful_tokens(sizes)
+        assert row["places"] == tokens and sizes[0][1] > 50  # the two solved stories that all chats begin with
+        head = model.config.vocab_size * model.config.hidden_size * sum(t for *_, t in sizes)
+        assert found == pytest.approx(3 * 2 * (workloads.parameters_of_layers(model) * tokens + head), rel=0.01)
