@@ -3,6 +3,7 @@
     python benchmarks/rollouts.py                          embedded and longtail
     python benchmarks/rollouts.py longtail --rounds 3
     python benchmarks/rollouts.py smollm2 --dtypes float32 bfloat16 --vllm        vLLM too, each in both dtypes
+    python benchmarks/rollouts.py smollm2 --flags "--max-completion-tokens 48"    with other constants of grpo.py
 
 All ways have the same policy, prompts and group size, sample from the whole distribution, and use a key/value cache.
 The batch of generate() holds each prompt GROUP_SIZE times, padded on the left, as TRL's trainer calls it. "One by one"
@@ -23,6 +24,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -99,9 +101,8 @@ def generate(trainer, rows, step):
 class VLLM:
     """grpo.py with SAMPLER = "vllm" in a process of its own, so that neither takes the other's memory."""
 
-    def __init__(self, workload, folder, rounds, dtype):
-        settings = json.dumps({"workload": workload, "folder": folder, "rounds": rounds, "dtype": dtype})
-        command = [sys.executable, __file__, "--serve", settings]
+    def __init__(self, **settings):
+        command = [sys.executable, __file__, "--serve", json.dumps(settings)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, question):
@@ -121,9 +122,9 @@ class VLLM:
         return self.ask("gap")
 
 
-def serve(workload, folder, rounds, dtype):
+def serve(workload, folder, rounds, flags, dtype):
     """Samples the prompts of each step that a line of stdin names, or says the gap of the last ones, as Ours does."""
-    set_constants(workload, folder, rounds + 1)
+    set_constants(workload, folder, rounds + 1, flags=flags)
     grpo.SAMPLER, grpo.COMPUTE_DTYPE, way = "vllm", dtype, Ours()
     trainer = grpo.GRPOTrainer()
     for line in sys.stdin:
@@ -147,16 +148,17 @@ def one_by_one(trainer, rows, step):
 GENERATE = {"generate() in a batch": in_a_batch, "generate() one by one": one_by_one}
 
 
-def measure(workload, rounds, dtypes, vllm):
+def measure(workload, rounds, flags, dtypes, vllm):
     """Returns seconds and the sizes_of completions per way and round, gaps per way and round, and the trainer."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
-        set_constants(workload, folder, rounds + 1)
+        set_constants(workload, folder, rounds + 1, flags=flags)
         trainer = grpo.GRPOTrainer()
         dtypes = dtypes or [str(dtype_of("auto", trainer.policy.device)).removeprefix("torch.")]
         ways = {f"grpo.py, {dtype}": Ours() for dtype in dtypes}
         ways |= {f"{name}, {dtypes[0]}": way for name, way in GENERATE.items()}
-        ways |= {f"vLLM, {dtype}": VLLM(workload, folder, rounds, dtype) for dtype in dtypes if vllm}
+        of_vllm = {"workload": workload, "folder": folder, "rounds": rounds, "flags": flags}
+        ways |= {f"vLLM, {dtype}": VLLM(**of_vllm, dtype=dtype) for dtype in dtypes if vllm}
         found, gaps = {name: [] for name in ways}, {}
         for step in range(rounds + 1):
             rows = prompts_of(trainer, step)
@@ -178,12 +180,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", help="of products; generate() has the first alone")
     parser.add_argument("--vllm", action="store_true", help="compare vLLM, too")
+    parser.add_argument("--flags", type=shlex.split, default=[], help="flags of grpo.py, in one string")
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     arguments = parse_with_workloads(parser)
     if arguments.serve:
         return serve(**arguments.serve)
     for workload in arguments.workloads:
-        found, gaps, trainer = measure(workload, arguments.rounds, arguments.dtypes, arguments.vllm)
+        others = arguments.rounds, arguments.flags, arguments.dtypes, arguments.vllm
+        found, gaps, trainer = measure(workload, *others)
         device, speeds = trainer.policy.device.type, {}
         peak, bandwidth = peak_flops(device), peak_bandwidth(device)
         print(f"\n{workload}, {arguments.rounds} rounds of {grpo.BATCH_SIZE} x {grpo.GROUP_SIZE} completions\n")
