@@ -176,7 +176,8 @@ limits = {
     "LOSS_AGGREGATION": (str, ("token_mean", "sequence_mean"), None),
 }
 # Like the paper's, a cache is a fifth of the limit, more or less: of 1024 tokens with gsm8k, of 24 with smollm2.
-presets = {"gsm8k": {"OVERLONG_CACHE": 256}, "smollm2": {"OVERLONG_CACHE": 4}, "smollm2-lora": {"OVERLONG_CACHE": 4}}
+smollm2 = {"OVERLONG_CACHE": 4, "MAX_STEPS": 25}  # late steps sample twice or more, for groups that are dead
+presets = {"gsm8k": {"OVERLONG_CACHE": 256}, "smollm2": smollm2, "smollm2-lora": smollm2}
 may_change = ("MAX_RESAMPLES",)  # when a run is resumed
 
 # ---- Algorithm -------------------------------------------------------------------------------------------------------
