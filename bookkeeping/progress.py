@@ -136,7 +136,8 @@ def say_what_looks_wrong(history, constants, files):
         "medium difficulty, or a larger --group-size, or train with dapo.py",
         "entropy": now["entropy"] > 2 * rows[0]["entropy"]
         and f"entropy rose from {rows[0]['entropy']:.2f} in step 1 to {now['entropy']:.2f} nats per token in step "
-        f"{now['step']}, as it does before a collapse; lower --learning-rate or --entropy-coef",
+        f"{now['step']}, as it does before a collapse; lower --learning-rate"
+        + (" or --entropy-coef" if constants.ENTROPY_COEF > 0 else ""),
     }
     for topic, message in wrong.items():
         if message:

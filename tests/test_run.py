@@ -591,3 +591,13 @@ def test_what_looks_wrong_is_said_once_with_its_remedy(small, capsys, rows, word
         progress.say_what_looks_wrong([{"step": 0}, *rows], trainer.constants, files)
     lines = capsys.readouterr().out.splitlines()
     assert (words is None and not lines) or (len(lines) == 1 and words in lines[0])
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.001])
+def test_if_entropy_rises_the_bonus_is_a_remedy_only_where_there_is_one(small, capsys, coefficient):
+    small.ENTROPY_COEF = coefficient
+    trainer = small.GSPOTrainer()
+    files = run_folders.RunFolder(trainer.constants)
+    progress.say_what_looks_wrong([looks(), looks(), looks(entropy=0.9)], trainer.constants, files)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "lower --learning-rate" in line and ("--entropy-coef" in line) == (coefficient > 0)
