@@ -12,6 +12,7 @@ matrix products in the time of a rollout and of an update, and their speed. The 
 
 import argparse
 import contextlib
+import math
 import operator
 import os
 import statistics
@@ -34,7 +35,10 @@ from workloads import (
     synchronize,
 )
 
-from engine import batch, decoding, packing, sampling, vocabulary
+from engine import batch, decoding, packing, products, sampling, vocabulary
+
+ONEDNN = "mkldnn::_linear_pointwise"
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", ONEDNN)
 
 
 def plain_token_logps(hidden, targets, head, with_entropy, at_once):
@@ -74,6 +78,7 @@ def parts_of(trainer):
             "rollout",
             lambda: patch(sampling, "invert_cumulative", lambda *a: vocabulary._passes(*a)[0]),
         ),
+        ("weights laid out for sampling", "rollout", lambda: patch(products, "LARGE", math.inf)),
         ("sampling in inference mode", "rollout", lambda: patch(torch, "inference_mode", torch.no_grad)),
         (
             "the common start of prompts, in sampling",
@@ -155,6 +160,14 @@ def measure(trainer, works, rounds):
         yield part, work, seconds[1:], shares[1:], ratios[1:]
 
 
+def flops_of_product(event):
+    """Returns the operations of a profile's event. The profiler does not know those of oneDNN's product."""
+    if event.key != ONEDNN:
+        return event.flops
+    (rows, width), (columns, _) = event.input_shapes[:2]
+    return 2 * rows * width * columns * event.count
+
+
 def matrix_products(trainer, works, work, rounds):
     """Returns medians for a work: the share of matrix products in its time, their speed, and the speed of the whole.
 
@@ -168,10 +181,10 @@ def matrix_products(trainer, works, work, rounds):
         with torch.profiler.profile(with_flops=True) as profile:
             works[work](number)
             synchronize()
-        peak, operations = peak_flops(device, seconds=0.2), profile.key_averages()
-        products = [one for one in operations if one.key in ("aten::mm", "aten::addmm", "aten::bmm")]
-        taken = sum(map(time_of, products))
-        speed = sum(one.flops for one in products) / taken * 1e6
+        peak, operations = peak_flops(device, seconds=0.2), profile.key_averages(group_by_input_shape=True)
+        multiplied = [one for one in operations if one.key in PRODUCTS]
+        taken = sum(map(time_of, multiplied))
+        speed = sum(map(flops_of_product, multiplied)) / taken * 1e6
         found.append((taken / sum(map(time_of, operations)), speed / peak, whole / peak))
     return [statistics.median(column) for column in zip(*found, strict=True)]
 

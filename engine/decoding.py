@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.cache import with_cache
+from engine.products import linear_of
 from engine.sharding import body_of, plain_class
 
 FAMILY = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -64,10 +65,10 @@ class Decoder:
         self.angles = None
 
     def fuse(self, *projections):
-        """Returns the weights and biases of several projections, as those of a single one."""
+        """Returns several projections as a single one: states (rows, in) -> (rows, all their outputs)."""
         weight = torch.cat([p.weight for p in projections]) if len(projections) > 1 else projections[0].weight
         bias = None if projections[0].bias is None else torch.cat([p.bias for p in projections]).to(self.dtype)
-        return weight.to(self.dtype), bias
+        return linear_of(weight.to(self.dtype), bias)
 
     def head_norm(self, attention):
         """Returns the weights of Qwen3's norms over each head's query and key, (heads + pairs, D), and their epsilon.
@@ -98,7 +99,7 @@ class Decoder:
         bias = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, -torch.inf)
         bias = bias[:, None, None]  # (rows, 1, 1, tokens so far); made once for all layers
         for number, layer in enumerate(self.layers):
-            states = F.linear(norm(hidden, layer["input_norm"]).to(self.dtype), *layer["qkv"]).view(rows, -1, size)
+            states = layer["qkv"](norm(hidden, layer["input_norm"]).to(self.dtype)).view(rows, -1, size)
             turned = states[:, : heads + pairs].float()  # queries and keys get the same rotation
             value = states[:, heads + pairs :]
             if layer["head_norm"]:
@@ -111,9 +112,9 @@ class Decoder:
             # Heads that share their keys become the queries of one head.
             grouped = query.reshape(rows, pairs, heads // pairs, size)
             mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=layer["scale"])
-            hidden = hidden + F.linear(mixed.reshape(rows, -1), *layer["out"])
-            gate, up = F.linear(norm(hidden, layer["mlp_norm"]).to(self.dtype), *layer["gate_up"]).chunk(2, 1)
-            hidden = hidden + F.linear(F.silu(gate) * up, *layer["down"])
+            hidden = hidden + layer["out"](mixed.reshape(rows, -1))
+            gate, up = layer["gate_up"](norm(hidden, layer["mlp_norm"]).to(self.dtype)).chunk(2, 1)
+            hidden = hidden + layer["down"](F.silu(gate) * up)
         return norm(hidden, self.model.base_model.norm).to(self.model.dtype)
 
 

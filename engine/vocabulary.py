@@ -6,11 +6,16 @@ The numbers are the same.
 import torch
 from torch.nn.functional import linear, pad
 
+from engine.products import linear_of
+
 
 def head_of(model):
     """Returns a model's output head, with its weights as they are now: hidden states (rows, H) -> logits (rows, V)."""
     head = model.get_output_embeddings()
     weight = widened(as_factor(head.weight, head))
+    if weight.device.type == "cpu":
+        product = linear_of(weight, None if head.bias is None else head.bias.to(weight.dtype))
+        return lambda hidden: product(as_factor(hidden, head).to(weight.dtype))
     return lambda hidden: logits_of(as_factor(hidden, head), weight, head.bias)
 
 

@@ -6,7 +6,7 @@ import transformers
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gspo
-from engine import batch, decoding, packing, sampling, steps
+from engine import batch, decoding, packing, products, sampling, steps, vocabulary
 from engine.cache import GrowingCache, with_cache
 from engine.memory import FitToMemory
 from engine.rollouts import Rollouts
@@ -184,8 +184,11 @@ def test_a_row_is_the_same_alone_and_in_a_left_padded_batch(model, rows):
         torch.testing.assert_close(together.sampled_logps[i, :n], alone.sampled_logps[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("large", [0, products.LARGE])
 @pytest.mark.parametrize("name", ["Qwen3", "Qwen2", "Llama", "Qwen3Moe"])
-def test_the_decoder_takes_the_same_step_as_the_model(name):
+def test_the_decoder_takes_the_same_step_as_the_model(name, large, monkeypatch):
+    """With large = 0 all products are oneDNN's."""
+    monkeypatch.setattr(products, "LARGE", large)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64, "initializer_range": 0.3}
@@ -205,6 +208,33 @@ def test_the_decoder_takes_the_same_step_as_the_model(name):
         found = [decode(ids[:, t], positions[:, t], cache, visible[:, : t + 1]) for t in range(8, 12)]
         whole = other.base_model(input_ids=ids, attention_mask=visible.long(), position_ids=positions).last_hidden_state
     torch.testing.assert_close(torch.stack(found, 1), whole[:, 8:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_with_weights_laid_out_is_that_of_the_weights(rows, bias, dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight, states = (torch.randn(n, 160, generator=generator).to(dtype) for n in (products.LARGE // 160 + 1, rows))
+    added = torch.randn(len(weight), generator=generator).to(dtype) if bias else None
+    with torch.inference_mode():
+        found = products.linear_of(weight, added)(states)
+    expected = states.double() @ weight.double().T + (0 if added is None else added.double())
+    assert found.dtype == dtype
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 0.3}[dtype]  # sums of 160 products
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_sampler_and_the_trainer_have_the_same_head(model, monkeypatch, autocast):
+    monkeypatch.setattr(products, "LARGE", 0)
+    hidden, head = torch.randn(7, model.config.hidden_size), model.get_output_embeddings()
+    targets = torch.arange(7) % model.config.vocab_size
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        of_sampler = vocabulary.head_of(model)(hidden).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+        of_trainer, _ = vocabulary.token_logps(hidden, targets, head, False, 2**26)
+    assert of_sampler.dtype == torch.float32
+    torch.testing.assert_close(of_sampler, of_trainer, rtol=0, atol=1e-5)
 
 
 class RecordedOnCPU(decoding.Replayed):
