@@ -13,10 +13,16 @@ def head_of(model):
     """Returns a model's output head, with its weights as they are now: hidden states (rows, H) -> logits (rows, V)."""
     head = model.get_output_embeddings()
     weight = widened(as_factor(head.weight, head))
-    if weight.device.type == "cpu":
-        product = linear_of(weight, None if head.bias is None else head.bias.to(weight.dtype))
-        return lambda hidden: product(as_factor(hidden, head).to(weight.dtype))
-    return lambda hidden: logits_of(as_factor(hidden, head), weight, head.bias)
+    if weight.device.type != "cpu":
+        return lambda hidden: logits_of(as_factor(hidden, head), weight, head.bias)
+    product = linear_of(weight, None if head.bias is None else head.bias.to(weight.dtype))
+
+    def logits(hidden):
+        factor = as_factor(hidden, head).to(weight.dtype)
+        with torch.autocast("cpu", enabled=False):  # it would round the sums
+            return product(factor)
+
+    return logits
 
 
 def token_logps(hidden, targets, head, with_entropy, at_once):

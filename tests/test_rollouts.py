@@ -225,9 +225,10 @@ def test_a_product_with_weights_laid_out_is_that_of_the_weights(rows, bias, dtyp
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("large", [0, products.LARGE])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_the_sampler_and_the_trainer_have_the_same_head(model, monkeypatch, autocast):
-    monkeypatch.setattr(products, "LARGE", 0)
+def test_the_sampler_and_the_trainer_have_the_same_head(model, monkeypatch, autocast, large):
+    monkeypatch.setattr(products, "LARGE", large)
     hidden, head = torch.randn(7, model.config.hidden_size), model.get_output_embeddings()
     targets = torch.arange(7) % model.config.vocab_size
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
