@@ -15,11 +15,12 @@ def head_of(model):
     weight = widened(as_factor(head.weight, head))
     if weight.device.type != "cpu":
         return lambda hidden: logits_of(as_factor(hidden, head), weight, head.bias)
-    product = linear_of(weight, None if head.bias is None else head.bias.to(weight.dtype))
+    dtype = weight.dtype  # logits() must not hold weight, which may be a copy of what product holds
+    product = linear_of(weight, None if head.bias is None else head.bias.to(dtype))
 
     def logits(hidden):
-        factor = as_factor(hidden, head).to(weight.dtype)
-        with torch.autocast("cpu", enabled=False):  # it would round the sums
+        factor = as_factor(hidden, head).to(dtype)
+        with torch.autocast("cpu", enabled=False):  # which would round the sums
             return product(factor)
 
     return logits
