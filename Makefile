@@ -5,6 +5,7 @@
 #
 # .venv has the exact versions of constraints.txt. The requirements admit others, which have environments of their own:
 # make test-oldest, make test-newest   run the tests with the oldest and with the newest versions
+# make test-gpu                        run the tests that need a GPU, in .venv, with PyTorch's build for one
 # make test-vllm                       run the tests of SAMPLER = "vllm" with the real engine, on a machine without a GPU
 # make constraints                     write constraints.txt anew from the newest, after make test-newest
 
@@ -15,7 +16,7 @@ PIP := python -m pip install --quiet --disable-pip-version-check
 # The scripts are what has the banner of an algorithm.
 SCRIPTS := $(sort $(basename $(shell grep -l '^\# ---- Algorithm -' *.py)))
 
-.PHONY: $(SCRIPTS) scripts test check sync diff clean test-oldest test-newest test-vllm constraints
+.PHONY: $(SCRIPTS) scripts test check sync diff clean test-oldest test-newest test-gpu test-vllm constraints
 
 $(SCRIPTS): .venv/run-ready
 	$(BIN)/python $@.py
@@ -43,6 +44,9 @@ check: .venv/test-ready
 
 test-oldest test-newest: test-%: .venv-%/ready
 	.venv-$*/bin/python -m pytest
+
+test-gpu: .venv/test-ready
+	CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest -n 0 tests/test_gpu.py
 
 # vLLM asks for torchvision and two others, and cannot be imported beside builds of them for another PyTorch.
 test-vllm: .venv-vllm/ready

@@ -7,7 +7,7 @@
 
 All ways have the same policy, prompts and group size, sample from the whole distribution, and use a key/value cache.
 The batch of generate() holds each prompt GROUP_SIZE times, padded on the left, as TRL's trainer calls it. "One by one"
-samples ONE_BY_ONE completions of each round's prompts, one of each first. It is compared by completion tokens per
+samples --one-by-one completions of each round's prompts, one of each first. It is compared by completion tokens per
 second. The first round warms up.
 
 vLLM is grpo.py with SAMPLER = "vllm" in a process of its own, which waits without computing while the others work. Its
@@ -21,6 +21,7 @@ could be read for useful tokens, over the time that was taken. workloads.py says
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -50,7 +51,6 @@ from workloads import (
 
 from engine.precision import dtype_of
 
-ONE_BY_ONE = 16
 ANSWER = "lengths "  # begins the line in which vLLM's process answers
 
 
@@ -140,15 +140,12 @@ def in_a_batch(trainer, rows, step):
     return generate(trainer, [row for row in rows for _ in range(grpo.GROUP_SIZE)], step)
 
 
-def one_by_one(trainer, rows, step):
-    chosen = itertools.islice(itertools.cycle(rows), ONE_BY_ONE)
+def one_by_one(trainer, rows, step, count):
+    chosen = itertools.islice(itertools.cycle(rows), count)
     return [generate(trainer, [row], 1000 * step + i)[0] for i, row in enumerate(chosen)]
 
 
-GENERATE = {"generate() in a batch": in_a_batch, "generate() one by one": one_by_one}
-
-
-def measure(workload, rounds, flags, dtypes, vllm):
+def measure(workload, rounds, flags, dtypes, vllm, singles):
     """Returns seconds and the sizes_of completions per way and round, gaps per way and round, and the trainer."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(workload, folder)
@@ -156,7 +153,9 @@ def measure(workload, rounds, flags, dtypes, vllm):
         trainer = grpo.GRPOTrainer()
         dtypes = dtypes or [str(dtype_of("auto", trainer.policy.device)).removeprefix("torch.")]
         ways = {f"grpo.py, {dtype}": Ours() for dtype in dtypes}
-        ways |= {f"{name}, {dtypes[0]}": way for name, way in GENERATE.items()}
+        ways[f"generate() in a batch, {dtypes[0]}"] = in_a_batch
+        if singles:
+            ways[f"generate() one by one, {dtypes[0]}"] = functools.partial(one_by_one, count=singles)
         of_vllm = {"workload": workload, "folder": folder, "rounds": rounds, "flags": flags}
         ways |= {f"vLLM, {dtype}": VLLM(**of_vllm, dtype=dtype) for dtype in dtypes if vllm}
         found, gaps = {name: [] for name in ways}, {}
@@ -180,13 +179,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", help="of products; generate() has the first alone")
     parser.add_argument("--vllm", action="store_true", help="compare vLLM, too")
+    parser.add_argument("--one-by-one", type=int, default=16, metavar="N", help="completions of that way; 0: none")
     parser.add_argument("--flags", type=shlex.split, default=[], help="flags of grpo.py, in one string")
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     arguments = parse_with_workloads(parser)
     if arguments.serve:
         return serve(**arguments.serve)
     for workload in arguments.workloads:
-        others = arguments.rounds, arguments.flags, arguments.dtypes, arguments.vllm
+        others = arguments.rounds, arguments.flags, arguments.dtypes, arguments.vllm, arguments.one_by_one
         found, gaps, trainer = measure(workload, *others)
         device, speeds = trainer.policy.device.type, {}
         peak, bandwidth = peak_flops(device), peak_bandwidth(device)

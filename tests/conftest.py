@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are of bits on a CPU; make test-gpu shows test_gpu.py one
 os.environ["OMP_NUM_THREADS"] = "1"  # pyproject.toml runs a process per core; also holds for those that tests start
 
 import pytest

@@ -156,7 +156,6 @@ def test_bad_flags(capsys, tmp_path, argv, words):
     assert_refused(capsys, tmp_path, words, *argv)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="needs a device that is not there")
 def test_a_default_device_asked_for_explicitly_must_exist(capsys, tmp_path):
     assert_refused(capsys, tmp_path, ["REF_DEVICE = 'cuda:1'", "no such device"], "--ref-device", "cuda:1")
 

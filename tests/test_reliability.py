@@ -159,7 +159,6 @@ def test_dapo_carries_surplus_groups_and_rounds_over_the_checkpoint(tmp_path, co
     assert [row["prompt"] for row in one.prompts] == [row["prompt"] for row in other.prompts]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="to be resumed on the CPU")
 def test_a_run_of_two_gpus_resumes_on_the_cpu(tmp_path, whole):
     """On the disk, only config.json names devices.
 
