@@ -88,7 +88,7 @@ def parts_of(trainer):
         ("refill, with room for a quarter", "refill", lambda: patch(batch.Batch, "fill", fill_when_empty)),
         ("the head by blocks of the vocabulary", "update", lambda: patch(grpo, "token_logps", plain_token_logps)),
         ("logits kept for the backward pass", "update", lambda: patch(grpo, "LOGITS_AT_ONCE", 2**22)),
-        ("attention by rows of like length", "update", lambda: patch(packing, "split_by_length", lambda n: [n])),
+        ("attention by rows of like length", "update", lambda: patch(packing, "split_by_length", lambda n, _: [n])),
         ("prompts that go through once", "update", lambda: patch(packing, "SHORT_PROMPT", 10**9)),
         (
             "the common start of prompts, in the update",

@@ -4,12 +4,13 @@ Packing changes no number that a model computes. check_policy in inputs/models.p
 model's own attention.
 """
 
+import functools
 import itertools
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -31,8 +32,8 @@ class Packing:
     which may itself go on from one, stands there once. Its gradient is the sum of theirs.
 
     Every layer but attention works on each token by itself. Attention needs each sequence in a row of its own, behind
-    its prefix. So the attention of this module unpacks the sequences, long ones apart from short ones, and packs its
-    result again. The model must have been loaded with it.
+    its prefix. So the attention of this module unpacks the sequences, in parts of like shape, and packs its result
+    again. The model must have been loaded with it.
     """
 
     model: torch.nn.Module
@@ -46,20 +47,15 @@ class Packing:
             )
         lengths = torch.tensor([len(ids) for ids in self.sequences])
         self.first = lengths.cumsum(0) - lengths  # (sequences,) where each one begins
-        self.prefixes, device = self.prefixes or [None] * len(lengths), self.model.device
-        self.parts, begin, positions = [], 0, []
+        self.prefixes, device, groups = self.prefixes or [None] * len(lengths), self.model.device, []
         for prefix, numbers in itertools.groupby(range(len(lengths)), self.prefixes.__getitem__):
             before = self.tokens_up_to(prefix)
-            for some in split_by_length(lengths[list(numbers)]):
-                if tokens := int(some.sum()):
-                    place = places(some, int(some.max()))
-                    positions.append(place % int(some.max()) + len(before))
-                    rows = PaddedRows(len(some), int(some.max()), place.to(device), before.to(device))
-                    self.parts.append((slice(begin, begin + tokens), rows))
-                    begin += tokens
+            groups += [(before, some) for some in split_by_length(lengths[list(numbers)], device) if some.any()]
+        self.parts = [Part(some, device) for some in joined(groups, device)]
+        self.tokens = [len(part.place) for part in self.parts]  # of each part; its tokens stand together
         self.inputs = {  # the model's arguments
             "input_ids": torch.cat(self.sequences)[None].to(device),  # (1, N)
-            "position_ids": torch.cat(positions)[None].to(device),
+            "position_ids": torch.cat([part.positions for part in self.parts])[None].to(device),
             # A dummy, because a model without a mask makes one of N x N.
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
             "packing": self,
@@ -246,7 +242,7 @@ def places(lengths, width):
     return (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)
 
 
-def split_by_length(lengths):
+def split_by_length(lengths, device):
     """Returns lengths (rows,) cut into parts.
 
     Each part is padded to its own longest sequence, which leaves attention far fewer pairs of tokens.
@@ -255,70 +251,137 @@ def split_by_length(lengths):
     rows = torch.arange(1, len(lengths))
     pairs = rows * before[:-1] ** 2 + rows.flip(0) * after[1:] ** 2  # (rows − 1,) for each place to cut
     uncut = len(lengths) * int(lengths.max()) ** 2
-    if len(lengths) == 1 or pairs.min() > min(0.75 * uncut, uncut - 2**14):
+    if len(lengths) == 1 or pairs.min() > min(0.75 * uncut, uncut - pairs_of_a_part(device)):
         return [lengths]
     cut = int(pairs.argmin()) + 1
-    return split_by_length(lengths[:cut]) + split_by_length(lengths[cut:])
+    return split_by_length(lengths[:cut], device) + split_by_length(lengths[cut:], device)
 
 
-@dataclass
-class PaddedRows:
-    """Some packed sequences, each in a row of its own, padded to the longest."""
+def joined(groups, device):
+    """Returns lists of neighbours among groups, those that a single part takes less time for than parts of their own.
 
-    rows: int
-    width: int  # length of the longest
-    place: torch.Tensor  # (tokens,) index of each token in the rows laid out one after the other
-    before: torch.Tensor  # (prefix,) index of each packed token that all of them go on from
+    groups: a list of (what comes before the rows of a group, lengths of its rows).
+    """
+    lists = []
+    for group in groups:
+        together = [*lists[-1], group] if lists else []
+        if together and pairs_of(together) <= pairs_of(lists[-1]) + pairs_of([group]) + pairs_of_a_part(device):
+            lists[-1] = together
+        else:
+            lists.append([group])
+    return lists
+
+
+def pairs_of(groups):
+    """Returns the pairs of tokens in attention, padding included, if groups are a part."""
+    before, rows, width = (max(map(size, groups)) for size in (before_of, rows_of, width_of))
+    return len(groups) * rows * width * (before + width)
+
+
+def pairs_of_a_part(device):
+    """Returns how many pairs of tokens take about as long as the calls for a further part."""
+    return 2 ** (14 if device.type == "cpu" else 18)
+
+
+def before_of(group):
+    return len(group[0])
+
+
+def rows_of(group):
+    return len(group[1])
+
+
+def width_of(group):
+    return int(group[1].max())
+
+
+class Part:
+    """Some packed sequences, each in a row of its own, padded to the longest. Groups of rows have a prefix in common.
+
+    groups: a list of (places of the packed tokens of a prefix, lengths of the sequences that go on from it).
+    """
+
+    def __init__(self, groups, device):
+        self.rows, self.width, self.device = max(map(rows_of, groups)), max(map(width_of, groups)), device
+        self.of_prefix = torch.tensor(list(map(before_of, groups)))  # (groups,) tokens
+        lengths = pad_sequence([lengths for _, lengths in groups], batch_first=True)  # (groups, rows)
+        place = places(lengths.flatten(), self.width)
+        self.positions = place % self.width + self.of_prefix[place // (self.rows * self.width)]
+        self.place = place.to(device)  # (tokens,) of each token in (groups, rows, width)
+        self.before = pad_sequence([before for before, _ in groups], batch_first=True).to(device)  # (groups, prefix)
 
     def unpack(self, states):
-        """Turns (1, heads, tokens, D) into (rows, heads, width, D), with 0 at padding."""
-        _, heads, _, size = states.shape
-        blank = states.new_zeros(self.rows * self.width, heads, size)
-        return (
-            blank.index_copy(0, self.place, states[0].transpose(0, 1))
-            .view(self.rows, self.width, heads, size)
-            .transpose(1, 2)
-        )
+        """Turns (tokens, F) into (groups x rows, width, F), with 0 at padding."""
+        rows = len(self.before) * self.rows
+        blank = states.new_zeros(rows * self.width, states.shape[1])
+        return blank.index_copy(0, self.place, states).view(rows, self.width, -1)
 
     def with_prefix(self, packed, states):
-        """Returns states (rows, heads, width, D) behind those of the prefix, which are among the packed ones."""
-        if len(self.before) == 0:
+        """Returns states (groups x rows, width, F) behind those of the prefixes, which are among the packed (N, F)."""
+        groups, width = self.before.shape
+        if width == 0:
             return states
-        return torch.cat([packed.index_select(2, self.before).expand(self.rows, -1, -1, -1), states], 2)
+        prefixes = packed.index_select(0, self.before.flatten()).view(groups, 1, width, -1)
+        together = prefixes.expand(-1, self.rows, -1, -1), states.unflatten(0, (groups, self.rows))
+        return torch.cat(together, 2).flatten(0, 1)
 
     def pack(self, states):
-        """Turns (rows, width, heads, D) into (1, tokens, heads, D)."""
-        return states.flatten(0, 1).index_select(0, self.place)[None]
+        """Turns (groups x rows, width, heads, D) into (tokens, heads, D)."""
+        return states.flatten(0, 1).index_select(0, self.place)
+
+    @functools.cache  # noqa: B019, because a part lives as long as a pass, whose layers all ask
+    def bias(self, window, dtype):
+        """Returns what is added to attention's scores, (rows or 1, 1, width, prefix and width): 0, or −inf if unseen.
+
+        Returns None if all that comes before a token is seen, and is in its own row.
+        """
+        width, prefix = self.width, self.before.shape[1]
+        if prefix == 0 and (window or width) >= width:
+            return None
+        own, of_prefix = torch.arange(width), self.of_prefix[:, None]
+        of_keys = torch.cat([torch.arange(prefix).expand(len(of_prefix), -1), of_prefix + own], 1)  # (groups, keys)
+        seen = near(of_prefix + own, of_keys, window)  # (groups, queries, keys)
+        seen[:, :, :prefix] &= (torch.arange(prefix) < of_prefix)[:, None]  # and not the padding of shorter prefixes
+        if (of_prefix == prefix).all():
+            seen = seen[:1]
+        seen = pad(seen, (0, -seen.shape[2] % 16))  # GPUs want rows of a mask to be 16 numbers apart, or copy it
+        bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).to(self.device)
+        bias = bias.repeat_interleave(self.rows, 0) if len(bias) > 1 else bias
+        return bias[:, None, :, : prefix + width]
 
 
-def attention(module, query, key, value, attention_mask, packing=None, **options):
+def near(of_queries, of_keys, window):
+    """Returns which keys each query sees, (..., queries, keys): those at its place, and before it in the window."""
+    distance = of_queries[..., None] - of_keys[..., None, :]
+    return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
+def attention(module, query, key, value, attention_mask, packing=None, sliding_window=None, **options):
     """Returns scaled dot-product attention of packed sequences, or of rows with a mask (rows, 1, queries, keys)."""
     if packing is None:
+        if sliding_window and sliding_window < key.shape[2]:
+            of_keys = torch.arange(key.shape[2], device=key.device)
+            attention_mask = attention_mask & near(of_keys[-query.shape[2] :], of_keys, sliding_window)
         return attention_of_rows(module, query, key, value, attention_mask, **options), None
-    outputs = []
-    for tokens, rows in packing.parts:  # causal attention: no token sees the padding after its sequence
-        queries, keys, values = (rows.unpack(states[:, :, tokens]) for states in (query, key, value))
-        keys, values = rows.with_prefix(key, keys), rows.with_prefix(value, values)
-        outputs.append(rows.pack(attention_of_rows(module, queries, keys, values, None, **options)))
-    return torch.cat(outputs, 1), None
+    heads, dtype = [states.shape[1] for states in (query, key, value)], value.dtype  # autocast's; query's is wider
+    query, key, value = (states[0].transpose(0, 1).flatten(1).to(dtype) for states in (query, key, value))
+    both, outputs = torch.cat([key, value], 1), []  # (N, F); one tensor is moved in fewer calls than two
+    in_parts = zip(packing.parts, query.split(packing.tokens), both.split(packing.tokens), strict=True)
+    for part, of_query, of_both in in_parts:
+        keys, values = part.with_prefix(both, part.unpack(of_both)).split([key.shape[1], value.shape[1]], 2)
+        states = zip((part.unpack(of_query), keys, values), heads, strict=True)
+        states = [one.unflatten(2, (number, -1)).transpose(1, 2) for one, number in states]
+        bias = part.bias(sliding_window, dtype)
+        outputs.append(part.pack(attention_of_rows(module, *states, bias, **options)))
+    return torch.cat(outputs)[None], None
 
 
-def attention_of_rows(module, query, key, value, attention_mask, sliding_window=None, **options):
-    """Turns (rows, heads, queries or keys, D) into (rows, queries, heads, D). Without a mask, attention is causal.
-
-    The last query is at the place of the last key.
-    """
-    queries, keys = query.shape[2], key.shape[2]
-    window = sliding_window or keys
-    if window < keys or attention_mask is None and queries < keys:
-        place, of_key = torch.arange(keys - queries, keys, device=query.device), torch.arange(keys, device=query.device)
-        distance = place[:, None] - of_key  # (queries, keys)
-        near = (distance >= 0) & (distance < window)
-        attention_mask = near[None, None] if attention_mask is None else attention_mask & near
+def attention_of_rows(module, query, key, value, attention_mask, **options):
+    """Turns (rows, heads, queries or keys, D) into (rows, queries, heads, D). Without a mask, attention is causal."""
     if query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
     # With a mask, transformers repeats keys and values that several heads share. The kernel for CPUs reads them once.
-    causal, scale = attention_mask is None and queries > 1, options.get("scaling")
+    causal, scale = attention_mask is None and query.shape[2] > 1, options.get("scaling")
     outputs = scaled_dot_product_attention(
         query, key, value, attention_mask, is_causal=causal, scale=scale, enable_gqa=True
     )

@@ -266,11 +266,10 @@ def test_every_token_goes_through_once_whatever_the_lengths_and_the_budget(lengt
         inputs = packed.inputs
         assert torch.equal(inputs["input_ids"][0], torch.cat(expected))
         assert torch.equal(inputs["position_ids"][0], torch.cat(expected) % 100)
-        states = inputs["input_ids"].view(1, 1, -1, 1)
-        for tokens, part in packed.parts:  # in the rows of attention each sequence is alone, and comes back as it was
-            padded = part.unpack(states[:, :, tokens])  # (rows, 1, width, 1)
-            assert torch.equal(part.pack(padded.transpose(1, 2)).flatten(), states[0, 0, tokens, 0])
-            for row in padded[:, 0, :, 0]:
+        for part, ids in zip(packed.parts, inputs["input_ids"].view(-1, 1).split(packed.tokens), strict=True):
+            padded = part.unpack(ids)  # (rows, width, 1): in the rows of attention each sequence is alone
+            assert torch.equal(part.pack(padded[:, :, None]).view(-1, 1), ids)  # and comes back as it was
+            for row in padded[:, :, 0]:
                 assert len({value // 100 for value in row.tolist() if value}) == 1
 
 
