@@ -4,7 +4,6 @@ Packing changes no number that a model computes. check_policy in inputs/models.p
 model's own attention.
 """
 
-import functools
 import itertools
 from collections import Counter
 from dataclasses import dataclass
@@ -53,13 +52,17 @@ class Packing:
             groups += [(before, some) for some in split_by_length(lengths[list(numbers)], device) if some.any()]
         self.parts = [Part(some, device) for some in joined(groups, device)]
         self.tokens = [len(part.place) for part in self.parts]  # of each part; its tokens stand together
-        self.inputs = {  # the model's arguments
+        self.tensors = {
             "input_ids": torch.cat(self.sequences)[None].to(device),  # (1, N)
             "position_ids": torch.cat([part.positions for part in self.parts])[None].to(device),
             # A dummy, because a model without a mask makes one of N x N.
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-            "packing": self,
         }
+
+    @property
+    def inputs(self):
+        """The model's arguments. If this object held them, it would hold itself, and so its memory after the pass."""
+        return {**self.tensors, "packing": self}
 
     def tokens_up_to(self, number):
         """Returns the places of the tokens that a sequence goes on from, and of its own. number: its own, or None."""
@@ -309,6 +312,7 @@ class Part:
         self.positions = place % self.width + self.of_prefix[place // (self.rows * self.width)]
         self.place = place.to(device)  # (tokens,) of each token in (groups, rows, width)
         self.before = pad_sequence([before for before, _ in groups], batch_first=True).to(device)  # (groups, prefix)
+        self.biases = {}  # by window and dtype, because all layers of a pass ask for them
 
     def unpack(self, states):
         """Turns (tokens, F) into (groups x rows, width, F), with 0 at padding."""
@@ -329,15 +333,19 @@ class Part:
         """Turns (groups x rows, width, heads, D) into (tokens, heads, D)."""
         return states.flatten(0, 1).index_select(0, self.place)
 
-    @functools.cache  # noqa: B019, because a part lives as long as a pass, whose layers all ask
     def bias(self, window, dtype):
         """Returns what is added to attention's scores, (rows or 1, 1, width, prefix and width): 0, or −inf if unseen.
 
-        Returns None if all that comes before a token is seen, and is in its own row.
+        Returns None if there is no prefix, and each token sees all before it.
         """
-        width, prefix = self.width, self.before.shape[1]
-        if prefix == 0 and (window or width) >= width:
+        if self.before.shape[1] == 0 and (window or self.width) >= self.width:
             return None
+        if (window, dtype) not in self.biases:
+            self.biases[window, dtype] = self.make_bias(window, dtype)
+        return self.biases[window, dtype]
+
+    def make_bias(self, window, dtype):
+        width, prefix = self.width, self.before.shape[1]
         own, of_prefix = torch.arange(width), self.of_prefix[:, None]
         of_keys = torch.cat([torch.arange(prefix).expand(len(of_prefix), -1), of_prefix + own], 1)  # (groups, keys)
         seen = near(of_prefix + own, of_keys, window)  # (groups, queries, keys)

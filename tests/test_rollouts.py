@@ -116,8 +116,12 @@ def places_through(model, work):
     return result, sum(counted)
 
 
+@pytest.mark.parametrize("of_a_part", [0, 2**14])  # each group a part, or all of them one
 @pytest.mark.parametrize("sliding_window", [None, 4])
-def test_a_prompt_that_completions_share_goes_through_once_with_the_same_gradient(sliding_window, monkeypatch):
+def test_a_prompt_that_completions_share_goes_through_once_with_the_same_gradient(
+    sliding_window, of_a_part, monkeypatch
+):
+    monkeypatch.setattr(packing, "pairs_of_a_part", lambda device: of_a_part)
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "initializer_range": 0.3}
@@ -151,8 +155,10 @@ def test_a_prompt_that_completions_share_goes_through_once_with_the_same_gradien
         torch.testing.assert_close(once[0][i, : len(expected)], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("of_a_part", [0, 2**14, 2**18])
 @pytest.mark.parametrize("after", [0, 1])
-def test_the_common_start_of_prompts_goes_through_once_with_the_same_gradient(model, after, monkeypatch):
+def test_the_common_start_of_prompts_goes_through_once_with_the_same_gradient(model, after, of_a_part, monkeypatch):
+    monkeypatch.setattr(packing, "pairs_of_a_part", lambda device: of_a_part)
     rollouts, found = sample(model, STARTED, group_size=3), {}
     mixed = rollouts.select(torch.tensor([3, 9, 0, 7, 4, 2]))  # two groups, and two rows alone
     for short in (packing.SHORT_PROMPT, 1000):

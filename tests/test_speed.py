@@ -1,5 +1,6 @@
 """Properties of speed that need no clock: how often a model is called, for how many tokens, and who waits."""
 
+import gc
 import gzip
 import itertools
 import json
@@ -252,6 +253,49 @@ def test_packed_sequences_are_cut_if_rows_would_be_mostly_padding():
         assert [n for part in parts for n in part] == lengths
         pairs[tuple(lengths)] = sum(len(part) * max(part) ** 2 for part in parts) / (len(lengths) * max(lengths) ** 2)
     assert [round(share, 2) for share in pairs.values()] == [0.4, 1, 1, 0.25, 1, 0.0]
+
+
+def test_groups_of_like_shape_are_one_part_of_attention():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+
+    def parts(device, *groups):
+        return [
+            len(some) for some in packing.joined([(torch.arange(n), torch.tensor(rows)) for n, *rows in groups], device)
+        ]
+
+    like = (100, 20, 18, 5), (98, 19, 21), (103, 22)  # tokens of the prefix, and of each row behind it
+    for device in (cpu, gpu):
+        assert parts(device, *like) == [3]
+        assert parts(device, (0, 1000), *like) == [1, 3]
+    assert parts(cpu, (0, 100), *like) == [1, 3] and parts(gpu, (0, 100), *like) == [4]  # on a GPU a call costs more
+
+
+def test_a_pass_makes_its_masks_once_for_all_layers(small, monkeypatch):
+    monkeypatch.setattr(packing, "SHORT_PROMPT", 1)
+    trainer, made, called = trainer_of(small), [], []
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    near, attention = packing.near, packing.attention_of_rows
+    monkeypatch.setattr(packing, "near", lambda *given: made.append(1) or near(*given))
+    monkeypatch.setattr(
+        packing, "attention_of_rows", lambda *given, **more: called.append(1) or attention(*given, **more)
+    )
+    small.completion_logps(trainer.policy, rollouts)
+    layers = trainer.policy.config.num_hidden_layers
+    assert 0 < len(made) and layers * len(made) <= len(called) <= 3 * layers  # prompts, completions, or both
+
+
+def test_the_parts_of_a_pass_are_freed_with_it(small):
+    trainer = trainer_of(small)
+    rollouts = trainer.generate_responses_with_group_sampling(1)
+    gc.collect()
+    gc.disable()  # on a GPU memory must not wait for it
+    try:
+        logps, _ = small.completion_logps(trainer.policy, rollouts)
+        logps.sum().backward()
+        del logps
+        assert not [one for one in gc.get_objects() if type(one) is packing.Part]
+    finally:
+        gc.enable()
 
 
 def test_a_profile_holds_the_operations_of_some_steps_and_the_summary_names_the_largest(small, capsys):
