@@ -261,9 +261,9 @@ def split_by_length(lengths, device):
 
 
 def joined(groups, device):
-    """Returns lists of neighbours among groups, those that a single part takes less time for than parts of their own.
+    """Returns lists of neighbours among groups: each list is a part, if parts of their own would take longer.
 
-    groups: a list of (what comes before the rows of a group, lengths of its rows).
+    groups: a list of (places of the packed tokens of a prefix, lengths of the sequences that go on from it).
     """
     lists = []
     for group in groups:
@@ -277,8 +277,14 @@ def joined(groups, device):
 
 def pairs_of(groups):
     """Returns the pairs of tokens in attention, padding included, if groups are a part."""
-    before, rows, width = (max(map(size, groups)) for size in (before_of, rows_of, width_of))
-    return len(groups) * rows * width * (before + width)
+    prefix, rows, width = shape_of(groups)
+    return len(groups) * rows * width * (prefix + width)
+
+
+def shape_of(groups):
+    """Returns to what each of the groups is padded: the longest prefix, the most rows, and the longest row."""
+    prefixes, lengths = zip(*groups, strict=True)
+    return max(map(len, prefixes)), max(map(len, lengths)), int(torch.cat(lengths).max())
 
 
 def pairs_of_a_part(device):
@@ -286,27 +292,15 @@ def pairs_of_a_part(device):
     return 2 ** (14 if device.type == "cpu" else 18)
 
 
-def before_of(group):
-    return len(group[0])
-
-
-def rows_of(group):
-    return len(group[1])
-
-
-def width_of(group):
-    return int(group[1].max())
-
-
 class Part:
     """Some packed sequences, each in a row of its own, padded to the longest. Groups of rows have a prefix in common.
 
-    groups: a list of (places of the packed tokens of a prefix, lengths of the sequences that go on from it).
+    groups: as of joined().
     """
 
     def __init__(self, groups, device):
-        self.rows, self.width, self.device = max(map(rows_of, groups)), max(map(width_of, groups)), device
-        self.of_prefix = torch.tensor(list(map(before_of, groups)))  # (groups,) tokens
+        (_, self.rows, self.width), self.device = shape_of(groups), device
+        self.of_prefix = torch.tensor([len(before) for before, _ in groups])  # (groups,) tokens
         lengths = pad_sequence([lengths for _, lengths in groups], batch_first=True)  # (groups, rows)
         place = places(lengths.flatten(), self.width)
         self.positions = place % self.width + self.of_prefix[place // (self.rows * self.width)]
