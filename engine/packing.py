@@ -261,30 +261,36 @@ def split_by_length(lengths, device):
 
 
 def joined(groups, device):
-    """Returns lists of neighbours among groups: each list is a part, if parts of their own would take longer.
+    """Returns the groups as lists of neighbours. A list is to be one part, because several would take longer.
 
     groups: a list of (places of the packed tokens of a prefix, lengths of the sequences that go on from it).
     """
-    lists = []
+    lists, shape = [], ()
     for group in groups:
-        together = [*lists[-1], group] if lists else []
-        if together and pairs_of(together) <= pairs_of(lists[-1]) + pairs_of([group]) + pairs_of_a_part(device):
-            lists[-1] = together
+        own, together = shape_of([group]), shape_of([group], *shape)
+        apart = pairs_of(len(lists[-1]), *shape) + pairs_of(1, *own) + pairs_of_a_part(device) if lists else 0
+        if lists and pairs_of(len(lists[-1]) + 1, *together) <= apart:
+            lists[-1].append(group)
+            shape = together
         else:
             lists.append([group])
+            shape = own
     return lists
 
 
-def pairs_of(groups):
-    """Returns the pairs of tokens in attention, padding included, if groups are a part."""
-    prefix, rows, width = shape_of(groups)
-    return len(groups) * rows * width * (prefix + width)
+def shape_of(groups, prefix=0, rows=0, width=0):
+    """Returns to what each of the groups is padded: the longest prefix, the most rows, and the longest row.
+
+    prefix, rows, width: the least of each.
+    """
+    for before, lengths in groups:
+        prefix, rows, width = max(prefix, len(before)), max(rows, len(lengths)), max(width, int(lengths.max()))
+    return prefix, rows, width
 
 
-def shape_of(groups):
-    """Returns to what each of the groups is padded: the longest prefix, the most rows, and the longest row."""
-    prefixes, lengths = zip(*groups, strict=True)
-    return max(map(len, prefixes)), max(map(len, lengths)), int(torch.cat(lengths).max())
+def pairs_of(groups, prefix, rows, width):
+    """Returns the pairs of tokens in attention, padding included, if so many groups of a shape are a part."""
+    return groups * rows * width * (prefix + width)
 
 
 def pairs_of_a_part(device):
@@ -365,7 +371,8 @@ def attention(module, query, key, value, attention_mask, packing=None, sliding_w
             of_keys = torch.arange(key.shape[2], device=key.device)
             attention_mask = attention_mask & near(of_keys[-query.shape[2] :], of_keys, sliding_window)
         return attention_of_rows(module, query, key, value, attention_mask, **options), None
-    heads, dtype = [states.shape[1] for states in (query, key, value)], value.dtype  # autocast's; query's is wider
+    heads = [states.shape[1] for states in (query, key, value)]
+    dtype = value.dtype  # under autocast, bfloat16; a rotation leaves query and key in float32
     query, key, value = (states[0].transpose(0, 1).flatten(1).to(dtype) for states in (query, key, value))
     both, outputs = torch.cat([key, value], 1), []  # (N, F); one tensor is moved in fewer calls than two
     in_parts = zip(packing.parts, query.split(packing.tokens), both.split(packing.tokens), strict=True)
