@@ -358,7 +358,7 @@ class GSPOTrainer:
         self.fit_to_memory = FitToMemory()
         self.sampler = load_sampler(self.constants, inputs, self.devices, self.fit_to_memory)
         self.all_move = self.reference is not None or ENTROPY_COEF + ROUTER_AUX_COEF > 0  # even without an advantage
-        self.on_policy = False  # whether a step has a single update, in which π is π_old
+        self.on_policy = not (self.sampler.exact or self.sampler.correction or ROUTING_REPLAY == "r2")  # see 4. Update
         self.worker = worker_beside(self.policy_device, self.devices)
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.beside = {}  # further models that train, by name
@@ -461,14 +461,13 @@ class GSPOTrainer:
         """Computes log π_old in the very micro-batches in which the updates compute π, so that the first ratios are 1.
 
         In bfloat16 a log-prob depends on what else is in its batch. The sampler's log-probs stay where a completion
-        moves nothing, and where they are the trainer's: the own sampler's in float32 on a CPU.
+        moves nothing, and where they are the trainer's: the own sampler's in float32 on a CPU. If on_policy, the first
+        update needs no pass before it: π is still π_old there, so the log-probs that it computes are the old ones.
         """
-        with_pass = ROUTING_REPLAY == "r2" or self.sampler.correction != ""  # in any case
-        self.on_policy = not (self.sampler.exact or with_pass) and GSPO_EPOCHS * MINI_BATCHES == 1
-        if self.sampler.exact or self.on_policy or step <= self.constants.resting_steps:
+        if self.sampler.exact or step <= self.constants.resting_steps:
             return
         moves = self.moving(rollouts)
-        for rows in self.mini_batches(rollouts, step, epoch=0):
+        for rows in self.mini_batches(rollouts, step, epoch=0)[self.on_policy :]:
             moving = rollouts.select(rows := rows[moves[rows]])
             if ROUTING_REPLAY == "r2":
                 moving.experts = None  # so the pass chooses them, and puts them there
@@ -478,22 +477,24 @@ class GSPOTrainer:
 
     def update_policy(self, rollouts, step):
         """GSPO_EPOCHS passes over the completions, of MINI_BATCHES optimizer steps each. Returns their stats."""
-        updates = []
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, self.constants)
-        kept = trusted(rollouts, self.sampler.correction)
+        updates, kept = [], trusted(rollouts, self.sampler.correction)
+        self.optimizer.param_groups[0]["lr"] = learning_rate_at(step, self.constants)
         for epoch in range(GSPO_EPOCHS):
-            parts = (rows[kept[rows]] for rows in self.mini_batches(rollouts, step, epoch))
-            updates += [self.update(rollouts.select(rows)) for rows in parts if len(rows)]
+            for rows in self.mini_batches(rollouts, step, epoch):
+                if len(rows := rows[kept[rows]]):
+                    batch = rollouts.select(rows)
+                    updates.append(self.update(batch, self.on_policy and not updates))
+                    rollouts.old_logps[rows.to(self.policy_device)] = batch.old_logps
         return updates
 
-    def update(self, batch):
+    def update(self, batch, on_policy=False):
         """One optimizer step on some completions. Returns the losses and the statistics of the ratio.
 
         The statistics are of all completions of the batch, whatever else the loss has. One without an advantage counts
-        with a ratio of 1, because its ratio moves nothing.
+        with a ratio of 1, because its ratio moves nothing. on_policy: its log-probs become old_logps of the batch.
         """
-        logps, stats = self.fit_to_memory("updates", MICRO_BATCH_TOKENS, lambda n: self.compute_gradient(batch, n))
+        compute = functools.partial(self.compute_gradient, batch, on_policy=on_policy)
+        logps, stats = self.fit_to_memory("updates", MICRO_BATCH_TOKENS, compute)
         stats["grad_norm"] = take_step(self.optimizer, MAX_GRAD_NORM, stats)
         mask = batch.completion_mask.to(self.policy_device)
         counted = torch.where(batch.advantages.view(len(mask), -1).any(1, keepdim=True), logps, batch.old_logps)
@@ -503,7 +504,7 @@ class GSPOTrainer:
             stats["kl_divergence"] = aggregate(kl, mask) / aggregate(torch.ones_like(kl), mask)
         return stats
 
-    def compute_gradient(self, batch, budget):
+    def compute_gradient(self, batch, budget, on_policy=False):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
         Returns logps (B, T), without gradient, and the losses. Rows that move nothing stay out, and have old_logps.
@@ -516,8 +517,7 @@ class GSPOTrainer:
         for rows in micro_batches(moving, budget, self.policy):
             part = moving.select(rows)
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
-            if self.on_policy:
-                part.old_logps = part_logps.detach()
+            part.old_logps = part_logps.detach() if on_policy else part.old_logps
             losses = self.losses(part, batch, part_logps, entropy)
             sum(losses.values()).backward()
             logps[chosen[rows].to(self.policy_device)] = part_logps.detach()
@@ -526,7 +526,7 @@ class GSPOTrainer:
         self.policy.eval()
         moves = self.moving(batch)[:, None].to(self.policy_device)
         logps = sum_over_processes(logps, "an update").where(moves, batch.old_logps)
-        batch.old_logps = logps if self.on_policy else batch.old_logps
+        batch.old_logps = logps if on_policy else batch.old_logps
         return logps, stats
 
     def moving(self, batch):

@@ -346,7 +346,8 @@ class PPOTrainer:
         self.fit_to_memory = FitToMemory()
         self.sampler = load_sampler(self.constants, inputs, self.devices, self.fit_to_memory)
         self.all_move = True  # a critic gives each token an advantage
-        self.on_policy = False  # whether a step has a single update, in which π is π_old
+        needed = self.sampler.correction or ROUTING_REPLAY == "r2" or self.reference is not None  # for the KL
+        self.on_policy = not (self.sampler.exact or needed)  # see add_old_logps
         self.worker = worker_beside(self.policy_device, self.devices)
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.critic = load_critic(self.constants, self.devices["CRITIC_DEVICE"], self.tokenizer)
@@ -461,14 +462,13 @@ class PPOTrainer:
         """Computes log π_old in the very micro-batches in which the updates compute π, so that the first ratios are 1.
 
         In bfloat16 a log-prob depends on what else is in its batch. The sampler's log-probs stay where a completion
-        moves nothing, and where they are the trainer's: the own sampler's in float32 on a CPU.
+        moves nothing, and where they are the trainer's: the own sampler's in float32 on a CPU. If on_policy, the first
+        update needs no pass before it: π is still π_old there, so the log-probs that it computes are the old ones.
         """
-        with_pass = ROUTING_REPLAY == "r2" or self.sampler.correction != ""  # in any case
-        self.on_policy = not (self.sampler.exact or with_pass) and PPO_EPOCHS * MINI_BATCHES == 1
-        if self.sampler.exact or self.on_policy or step <= self.constants.resting_steps:
+        if self.sampler.exact or step <= self.constants.resting_steps:
             return
         moves = self.moving(rollouts)
-        for rows in self.mini_batches(rollouts, step, epoch=0):
+        for rows in self.mini_batches(rollouts, step, epoch=0)[self.on_policy :]:
             moving = rollouts.select(rows := rows[moves[rows]])
             if ROUTING_REPLAY == "r2":
                 moving.experts = None  # so the pass chooses them, and puts them there
@@ -486,10 +486,11 @@ class PPOTrainer:
             optimizer.param_groups[0]["lr"] = learning_rate_at(step, self.constants, prefix)
         for epoch in range(PPO_EPOCHS):
             for rows in self.mini_batches(rollouts, step, epoch):
-                batch = rollouts.select(rows)
-                of_critic = self.worker.submit(self.update_critic, batch)  # while the policy works, on another device
-                if step > CRITIC_WARMUP_STEPS and kept[rows].any():
-                    updates.append(self.update(batch.select(kept[rows].nonzero().squeeze(1))))
+                of_critic = self.worker.submit(self.update_critic, rollouts.select(rows))  # beside the policy's
+                batch = rollouts.select(rows := rows[kept[rows]])
+                if step > CRITIC_WARMUP_STEPS and len(rows):
+                    updates.append(self.update(batch, self.on_policy and not updates))
+                    rollouts.old_logps[rows.to(self.policy_device)] = batch.old_logps
                 self.value_updates.append(of_critic.result())
         return updates
 
@@ -514,13 +515,14 @@ class PPOTrainer:
         model.eval()
         return stats
 
-    def update(self, batch):
+    def update(self, batch, on_policy=False):
         """One optimizer step on some completions. Returns the losses and the statistics of the ratio.
 
         The statistics are of all completions of the batch, whatever else the loss has. One without an advantage counts
-        with a ratio of 1, because its ratio moves nothing.
+        with a ratio of 1, because its ratio moves nothing. on_policy: its log-probs become old_logps of the batch.
         """
-        logps, stats = self.fit_to_memory("updates", MICRO_BATCH_TOKENS, lambda n: self.compute_gradient(batch, n))
+        compute = functools.partial(self.compute_gradient, batch, on_policy=on_policy)
+        logps, stats = self.fit_to_memory("updates", MICRO_BATCH_TOKENS, compute)
         stats["grad_norm"] = take_step(self.optimizer, MAX_GRAD_NORM, stats)
         mask = batch.completion_mask.to(self.policy_device)
         counted = torch.where(batch.advantages.view(len(mask), -1).any(1, keepdim=True), logps, batch.old_logps)
@@ -530,7 +532,7 @@ class PPOTrainer:
             stats["kl_divergence"] = aggregate(kl, mask) / aggregate(torch.ones_like(kl), mask)
         return stats
 
-    def compute_gradient(self, batch, budget):
+    def compute_gradient(self, batch, budget, on_policy=False):
         """The gradient of the loss over a batch, in micro-batches of at most budget tokens.
 
         Returns logps (B, T), without gradient, and the losses. Rows that move nothing stay out, and have old_logps.
@@ -543,8 +545,7 @@ class PPOTrainer:
         for rows in micro_batches(moving, budget, self.policy):
             part = moving.select(rows)
             part_logps, entropy = completion_logps(self.policy, part, with_entropy=ENTROPY_COEF > 0)
-            if self.on_policy:
-                part.old_logps = part_logps.detach()
+            part.old_logps = part_logps.detach() if on_policy else part.old_logps
             losses = self.losses(part, batch, part_logps, entropy)
             sum(losses.values()).backward()
             logps[chosen[rows].to(self.policy_device)] = part_logps.detach()
@@ -553,7 +554,7 @@ class PPOTrainer:
         self.policy.eval()
         moves = self.moving(batch)[:, None].to(self.policy_device)
         logps = sum_over_processes(logps, "an update").where(moves, batch.old_logps)
-        batch.old_logps = logps if self.on_policy else batch.old_logps
+        batch.old_logps = logps if on_policy else batch.old_logps
         return logps, stats
 
     def moving(self, batch):

@@ -197,7 +197,9 @@ def test_the_filter_leaves_truncated_completions_out_of_the_loss(small, monkeypa
     small.MAX_COMPLETION_TOKENS, small.OVERLONG_FILTER, small.BATCH_SIZE = 12, filtered, 8
     trainer, updated = small.DAPOTrainer(), []
     update = trainer.update
-    monkeypatch.setattr(trainer, "update", lambda batch: (updated.append(batch), update(batch))[1])
+    monkeypatch.setattr(
+        trainer, "update", lambda batch, *on_policy: (updated.append(batch), update(batch, *on_policy))[1]
+    )
     generate, generated = trainer.generate_responses_with_group_sampling, []
     monkeypatch.setattr(
         trainer,

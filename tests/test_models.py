@@ -595,9 +595,9 @@ def test_against_trl_counts_what_an_update_of_a_chat_needs(model_folder, monkeyp
     monkeypatch.setattr(grpo.GRPOTrainer, "compute_rewards", lambda *_: torch.tensor([1.0, 0, 0, 0] * 2 + 4 * [1.0]))
     gradient, products = grpo.GRPOTrainer.compute_gradient, []
 
-    def counted_gradient(*arguments):
+    def counted_gradient(*arguments, **on_policy):
         with FlopCounterMode(display=False) as counter:
-            done = gradient(*arguments)
+            done = gradient(*arguments, **on_policy)
         products.append(counter.get_flop_counts()["Global"][torch.ops.aten.mm])
         return done
 

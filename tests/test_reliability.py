@@ -645,8 +645,8 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     trainer = set_up(gspo, tmp_path)
     update = trainer.update
 
-    def hang(batch):
-        update(batch)  # from here on a signal waits
+    def hang(*arguments):
+        update(*arguments)  # from here on a signal waits
         os.kill(os.getpid(), signal.SIGTERM)
         print("waits", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -81,7 +81,7 @@ def test_whole_groups_stay_in_one_mini_batch_and_read_their_prompt_once(small_sc
     monkeypatch.setattr(packing, "SHORT_PROMPT", 1)
     trainer = trainer_of(script)
     batches, update = [], trainer.update
-    trainer.update = lambda batch: (batches.append(batch), update(batch))[1]
+    trainer.update = lambda batch, *on_policy: (batches.append(batch), update(batch, *on_policy))[1]
     passes = Passes(trainer.policy)
     generate = trainer.generate_responses_with_group_sampling
     trainer.generate_responses_with_group_sampling = lambda step: (generate(step), passes.seen.clear())[0]
