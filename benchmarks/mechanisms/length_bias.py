@@ -24,11 +24,11 @@ def run(seed, steps, way, prompts):
     trainer, rows = trainer_of(grpo, **settings, WHOLE_GROUPS=True, LOSS_AGGREGATION=aggregation), []
     update_policy, update_batch = trainer.update_policy, trainer.update
 
-    def by_group(batch):
+    def by_group(batch, on_policy):
         tokens = batch.completion_lengths.view(-1, grpo.GROUP_SIZE).sum(1).double()
         factors = (tokens.mean() / tokens).repeat_interleave(grpo.GROUP_SIZE)
         batch.advantages = batch.advantages * factors.to(batch.advantages)
-        return update_batch(batch)
+        return update_batch(batch, on_policy)
 
     if way == "group_mean":
         trainer.update = by_group
