@@ -96,6 +96,7 @@ def parts_of(trainer):
             lambda: patch(packing, "common_start", no_common_start),
         ),
         ("fused AdamW", "update", lambda: not_fused(trainer.optimizer)),
+        *([("whole groups", "update", lambda: patch(grpo, "WHOLE_GROUPS", False))] if grpo.WHOLE_GROUPS else []),
     ]
 
 
@@ -111,11 +112,9 @@ def works_of(workload):
     rollouts.advantages = torch.randn(len(rollouts.texts), generator=grpo.generator_of("parts")).to(
         trainer.policy_device
     )
-    together = grpo.GROUP_SIZE if grpo.WHOLE_GROUPS else 1
-    rows, generator = torch.arange(len(rollouts.texts)), grpo.generator_of("parts")
-    mini_batches = grpo.split_at_random(rows, grpo.MINI_BATCHES, together, generator)
 
     def update(number):
+        mini_batches = trainer.mini_batches(rollouts, step=1, epoch=0)
         rows = mini_batches[number % len(mini_batches)]
         trainer.update(rollouts.select(rows))
         sizes = sizes_of_rollouts(rollouts)
