@@ -346,8 +346,8 @@ class PPOTrainer:
         self.fit_to_memory = FitToMemory()
         self.sampler = load_sampler(self.constants, inputs, self.devices, self.fit_to_memory)
         self.all_move = True  # a critic gives each token an advantage
-        needed = self.sampler.correction or ROUTING_REPLAY == "r2" or self.reference is not None  # for the KL
-        self.on_policy = not (self.sampler.exact or needed)  # see add_old_logps
+        early = self.sampler.correction or ROUTING_REPLAY == "r2" or self.reference is not None  # KL takes log π_old
+        self.on_policy = not (self.sampler.exact or early)  # see 4. Update
         self.worker = worker_beside(self.policy_device, self.devices)
         self.trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.critic = load_critic(self.constants, self.devices["CRITIC_DEVICE"], self.tokenizer)

@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from test_run import timeless
 
 from engine import vocabulary
 
@@ -25,10 +26,6 @@ def resting(script, **constants):
 
 def trainer_class(script):
     return getattr(script, f"{script.__name__.upper()}Trainer")
-
-
-def timeless(row):
-    return {name: value for name, value in row.items() if not name.startswith(("seconds", "tokens_per"))}
 
 
 def epochs(script):
@@ -78,7 +75,7 @@ def test_a_first_update_takes_its_own_log_probs_as_old_to_the_bit(small_script, 
             monkeypatch.setattr(trainer_of, "on_policy", property(lambda _: False, lambda *_: None), raising=False)
         trainer = trainer_of()
         with mock.patch.object(trainer, "compute_log_probs", wraps=trainer.compute_log_probs) as compute:
-            steps[with_pass] = [timeless(trainer.train_step(step)) for step in (1, 2, 3)]
+            steps[with_pass] = timeless([trainer.train_step(step) for step in (1, 2, 3)])
         passes[with_pass] = sum(call.args[2:] == ("updates",) for call in compute.call_args_list)
     assert steps[True] == steps[False] and all(row["updates"] == 8 for row in steps[True])
     spared = passes[True] - passes[False]
