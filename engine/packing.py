@@ -7,10 +7,12 @@ model's own attention.
 import itertools
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -375,13 +377,21 @@ def attention(module, query, key, value, attention_mask, packing=None, sliding_w
     dtype = value.dtype  # under autocast, bfloat16; a rotation leaves query and key in float32
     query, key, value = (states[0].transpose(0, 1).flatten(1).to(dtype) for states in (query, key, value))
     both, outputs = torch.cat([key, value], 1), []  # (N, F); one tensor is moved in fewer calls than two
-    in_parts = zip(packing.parts, query.split(packing.tokens), both.split(packing.tokens), strict=True)
-    for part, of_query, of_both in in_parts:
+
+    def in_rows(part, of_query, of_both, both):
         keys, values = part.with_prefix(both, part.unpack(of_both)).split([key.shape[1], value.shape[1]], 2)
         states = zip((part.unpack(of_query), keys, values), heads, strict=True)
         states = [one.unflatten(2, (number, -1)).transpose(1, 2) for one, number in states]
-        bias = part.bias(sliding_window, dtype)
-        outputs.append(part.pack(attention_of_rows(module, *states, bias, **options)))
+        return part.pack(attention_of_rows(module, *states, part.bias(sliding_window, dtype), **options))
+
+    for part, *states in zip(packing.parts, query.split(packing.tokens), both.split(packing.tokens), strict=True):
+        if part.before.shape[1] > part.width and key.device.type == "cpu":
+            # Most keys and values are copies of the prefix, one for each row. They are not kept, and the backward pass
+            # makes them again. On a GPU the further calls would take longer.
+            compute = partial(checkpoint, in_rows, use_reentrant=False, preserve_rng_state=False)
+        else:
+            compute = in_rows
+        outputs.append(compute(part, *states, both))
     return torch.cat(outputs)[None], None
 
 

@@ -175,6 +175,20 @@ def test_the_common_start_of_prompts_goes_through_once_with_the_same_gradient(mo
     assert places - fewer == 5 * len(START) + len(PROMPTS[1]["prompt_ids"]) + len(PROMPTS[0]["prompt_ids"])
 
 
+def test_no_copies_of_a_long_prefix_are_kept_for_the_backward_pass(model):
+    rollouts, kept = sample(model, STARTED, group_size=8, tokens=3), []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packing.states_before_tokens(model, rollouts)
+    config = model.config
+    copies = len(rollouts.texts) * len(START) * config.num_key_value_heads * config.head_dim
+    assert 0 < max(kept) < copies
+
+
 def test_the_common_start_of_prompts_is_sampled_from_once(model):
     _, places = places_through(model, lambda: sample(model, STARTED, group_size=2, tokens=1))
     assert places == len(START) + len(STARTED) * 6  # each prompt's own tokens, padded to the longest
