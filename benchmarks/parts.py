@@ -1,4 +1,4 @@
-"""How much time each optimisation saves: the same work with it and without it, in turns, in one process.
+"""How much time each optimisation takes or saves: the same work with it and without it, in turns, in one process.
 
     python benchmarks/parts.py                          embedded and longtail
     python benchmarks/parts.py longtail --rounds 9
@@ -60,6 +60,10 @@ def no_common_start(ids, lengths):
     return 0
 
 
+def kept(compute, *states, **_):
+    return compute(*states)
+
+
 def fill_when_empty(self, fill=batch.Batch.fill):
     if len(self.place) == 0:
         fill(self)
@@ -95,6 +99,7 @@ def parts_of(trainer):
             "update",
             lambda: patch(packing, "common_start", no_common_start),
         ),
+        ("copies of prompts made again, which saves memory", "update", lambda: patch(packing, "checkpoint", kept)),
         ("fused AdamW", "update", lambda: not_fused(trainer.optimizer)),
         *([("whole groups", "update", lambda: patch(grpo, "WHOLE_GROUPS", False))] if grpo.WHOLE_GROUPS else []),
     ]

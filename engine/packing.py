@@ -387,8 +387,10 @@ def attention(module, query, key, value, attention_mask, packing=None, sliding_w
     for part, *states in zip(packing.parts, query.split(packing.tokens), both.split(packing.tokens), strict=True):
         if part.before.shape[1] > part.width and key.device.type == "cpu":
             # Most keys and values are copies of the prefix, one for each row. They are not kept, and the backward pass
-            # makes them again. On a GPU the further calls would take longer.
-            compute = partial(checkpoint, in_rows, use_reentrant=False, preserve_rng_state=False)
+            # makes them again. On a GPU the further calls would take longer. Stopping early is an exception, whose
+            # traceback would keep the pass until Python's garbage collection.
+            options_of = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": False}
+            compute = partial(checkpoint, in_rows, **options_of)
         else:
             compute = in_rows
         outputs.append(compute(part, *states, both))
