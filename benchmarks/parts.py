@@ -60,7 +60,7 @@ def no_common_start(ids, lengths):
     return 0
 
 
-def kept(compute, *states, **_):
+def kept(compute, *states):
     return compute(*states)
 
 
@@ -99,7 +99,7 @@ def parts_of(trainer):
             "update",
             lambda: patch(packing, "common_start", no_common_start),
         ),
-        ("copies of prompts made again, which saves memory", "update", lambda: patch(packing, "checkpoint", kept)),
+        ("copies of prompts made again, which saves memory", "update", lambda: patch(packing, "computed_again", kept)),
         ("fused AdamW", "update", lambda: not_fused(trainer.optimizer)),
         *([("whole groups", "update", lambda: patch(grpo, "WHOLE_GROUPS", False))] if grpo.WHOLE_GROUPS else []),
     ]

@@ -22,6 +22,8 @@ from engine.routing import routing_of, watch
 from engine.sharding import body_of, is_sharded
 
 NAME = "packed"  # this attention's attn_implementation, for from_pretrained
+# To stop early raises an exception, whose traceback would keep a pass until Python's garbage collection.
+computed_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, early_stop=False)
 SHORT_PROMPT = 32  # tokens; to read a shorter one again takes less time than attention in more calls
 
 
@@ -387,13 +389,10 @@ def attention(module, query, key, value, attention_mask, packing=None, sliding_w
     for part, *states in zip(packing.parts, query.split(packing.tokens), both.split(packing.tokens), strict=True):
         if part.before.shape[1] > part.width and key.device.type == "cpu":
             # Most keys and values are copies of the prefix, one for each row. They are not kept, and the backward pass
-            # makes them again. On a GPU the further calls would take longer. Stopping early is an exception, whose
-            # traceback would keep the pass until Python's garbage collection.
-            options_of = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": False}
-            compute = partial(checkpoint, in_rows, **options_of)
+            # makes them again. On a GPU the further calls would take longer.
+            outputs.append(computed_again(in_rows, part, *states, both))
         else:
-            compute = in_rows
-        outputs.append(compute(part, *states, both))
+            outputs.append(in_rows(part, *states, both))
     return torch.cat(outputs)[None], None
 
 
