@@ -11,8 +11,8 @@ samples --one-by-one completions of each round's prompts, one of each first. It 
 second. The first round warms up.
 
 vLLM is grpo.py with SAMPLER = "vllm" in a process of its own, which waits without computing while the others work. Its
-seconds include what each of a run's calls does: it gets all weights, and forgets the prompts before. docs/vllm.md says
-how to install it.
+seconds include what each of a run's calls does: it gets all weights, and forgets the prompts before. The row "without
+weights" leaves that out. docs/vllm.md says how to install it.
 
 The gap is the mean of |log-prob at sampling − log-prob in training| of a round's last group, nats per token.
 
@@ -116,23 +116,36 @@ class VLLM:
 
     def __call__(self, trainer, rows, step):
         ids = [row["prompt_ids"] for row in rows for _ in range(grpo.GROUP_SIZE)]
-        return sizes_of(ids, self.ask(step), grpo.GROUP_SIZE)
+        self.seconds_of_weights, lengths = self.ask(step)
+        return sizes_of(ids, lengths, grpo.GROUP_SIZE)
 
     def gap(self, trainer):
         return self.ask("gap")
 
 
 def serve(workload, folder, rounds, flags, dtype):
-    """Samples the prompts of each step that a line of stdin names, or says the gap of the last ones, as Ours does."""
+    """Samples the prompts of each step that a line of stdin names, or says the gap of the last ones, as Ours does.
+
+    With lengths it says how long the engine took to get the weights.
+    """
     set_constants(workload, folder, rounds + 1, flags=flags)
     grpo.SAMPLER, grpo.COMPUTE_DTYPE, way = "vllm", dtype, Ours()
     trainer = grpo.GRPOTrainer()
+    push, took = trainer.sampler.push, []
+
+    def timed_push():
+        start = time.perf_counter()
+        push()
+        took.append(time.perf_counter() - start)
+
+    trainer.sampler.push = timed_push
     for line in sys.stdin:
         if line == "gap\n":
             answer = way.gap(trainer)
         else:
             rows = prompts_of(trainer, int(line))
-            answer = [length for *_, length in way(trainer, rows, int(line))]
+            lengths = [length for *_, length in way(trainer, rows, int(line))]
+            answer = [took[-1], lengths]
         print(f"{ANSWER}{json.dumps(answer)}", flush=True)
 
 
@@ -167,8 +180,12 @@ def measure(workload, rounds, flags, dtypes, vllm, singles):
                 start = time.perf_counter()
                 sizes = way(trainer, rows, step)
                 synchronize()
+                seconds = time.perf_counter() - start
                 if step:
-                    found[name].append((time.perf_counter() - start, sizes))
+                    found[name].append((seconds, sizes))
+                    if isinstance(way, VLLM):
+                        alone = seconds - way.seconds_of_weights
+                        found.setdefault(f"vLLM without weights, {grpo.COMPUTE_DTYPE}", []).append((alone, sizes))
                     if hasattr(way, "gap"):
                         gaps.setdefault(name, []).append(way.gap(trainer))
     return found, gaps, trainer
