@@ -1,3 +1,4 @@
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -150,4 +151,5 @@ def as_a_program(out, err):
     for number, descriptor in ((1, out), (2, err)):
         os.dup2(descriptor, number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    faulthandler.enable(sys.stderr)  # if a library crashes, its place is in what this process printed
     rule_processes._server_of.cache_clear()
