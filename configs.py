@@ -67,7 +67,7 @@ _SMOLLM2 = {
     "REWARDS": "math 1.0, format 0.2",  # format, because a third of the first completions are cut before an answer
     "EVAL_REWARD": "math",  # accuracy is about answers, not their form
     "BATCH_SIZE": 8,  # 64 completions a step, which take ten seconds to sample on a slow CPU
-    "GROUP_SIZE": 8,  # at first one answer in six is right, so three groups of four have a right one
+    "GROUP_SIZE": 8,  # at first one answer in eight is right, so two groups of three have a right one
     "MAX_COMPLETION_TOKENS": 24,  # "14 + 5 = 19\n#### 19" has 15
     "ADVANTAGE_TYPE": "normalized",  # the algorithms' own; rewards are rare at first, and count the more
     "ENTROPY_COEF": 0.0,  # the papers have none

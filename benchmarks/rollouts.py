@@ -207,7 +207,8 @@ def main():
         found, gaps, trainer = measure(workload, *others)
         device, speeds = trainer.policy.device.type, {}
         peak, bandwidth = peak_flops(device), peak_bandwidth(device)
-        print(f"\n{workload}, {arguments.rounds} rounds of {grpo.BATCH_SIZE} x {grpo.GROUP_SIZE} completions\n")
+        print(f"\n{workload}, {arguments.rounds} rounds of {grpo.BATCH_SIZE} x {grpo.GROUP_SIZE} completions")
+        print(f"matrix products {peak / 1e9:.0f} · 10⁹ operations, memory {bandwidth / 1e9:.1f} GB, per second\n")
         print("| way | s/round | completion tokens/s | mean length / maximum | utilisation | roofline | gap, nats |")
         print("|---|---|---|---|---|---|---|")
         for name, rounds in found.items():
@@ -216,7 +217,8 @@ def main():
             single = name.startswith("generate() one by one")
             batches = [batch for _, sizes in rounds for batch in ([[one] for one in sizes] if single else [sizes])]
             done = sum(flops_of_pass(trainer.policy, batch) for batch in batches)
-            read = sum(bytes_of_decoding(trainer.policy, batch) for batch in batches)
+            width = 2 if name.endswith("bfloat16") else 4
+            read = sum(bytes_of_decoding(trainer.policy, batch, width) for batch in batches)
             share = statistics.mean(sum(lengths, [])) / grpo.MAX_COMPLETION_TOKENS
             print(
                 f"| {name} | {statistics.median(seconds):.3f} | {statistics.median(speeds[name]):.0f} "

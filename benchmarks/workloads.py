@@ -237,16 +237,13 @@ def flops(model, sizes, moving, with_reference):
     return {"rollout": rollouts, "update": update, "step": rollouts * (2 if with_reference else 1) + update}
 
 
-def bytes_of_decoding(model, sizes):
-    """Returns the bytes that sampling a batch must read, in float32 or, on a GPU, in bfloat16.
-
-    sizes: as of sizes_of.
-    """
-    config, size = model.config, 2 if model.device.type == "cuda" else 4
+def bytes_of_decoding(model, sizes, width):
+    """Returns the bytes that sampling a batch must read. sizes: as of sizes_of. width: bytes of a number."""
+    config = model.config
     weights = parameters_of_layers(model) + config.vocab_size * config.hidden_size
     of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     cached = sum((t - 1) * p + t * (t - 1) // 2 for *_, p, t in sizes)
-    return size * (max(t for *_, t in sizes) * weights + cached * of_a_token)
+    return width * (max(t for *_, t in sizes) * weights + cached * of_a_token)
 
 
 def peak_bandwidth(device, seconds=1.5):
