@@ -2,12 +2,14 @@
 
 import functools
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from bookkeeping import checkpoints
 from bookkeeping.policy_files import policy_weights, save_merged, save_policy
 from configs import InputError
 from engine.sharding import is_sharded, load_optimizer
+
+LARGE = 2**28  # bytes of weights that train, from which a state on a CPU is written without a copy
 
 
 def state_of(trainer):
@@ -71,11 +73,15 @@ class Saver:
     def checkpoint(self, step, state, history):
         """Saves a checkpoint, and returns where it will be. history: all rows of metrics up to it.
 
-        It copies the state first, and then a thread writes the copy.
+        It copies the state first, and then a thread writes the copy. On a CPU a copy takes as much memory again as the
+        state has, so a large state is not copied, and training waits.
         """
         self.wait()
         history = list(history)
-        state, weights = copy_of(self.trainer, state)
+        if in_place := self._is_too_large_to_copy():
+            weights = policy_weights(self.trainer.policy, self.trainer.adapter)
+        else:
+            state, weights = copy_of(self.trainer, state)
         best = history[-1].get("eval_accuracy") if history and history[-1]["step"] == step else None
         target = self.folder / "checkpoints" / f"step-{step}"
 
@@ -84,7 +90,13 @@ class Saver:
             checkpoints.prune(self.folder, self.constants.KEEP_CHECKPOINTS)
 
         self.saving = self.thread.submit(write)
+        if in_place:
+            wait([self.saving])
         return target
+
+    def _is_too_large_to_copy(self):
+        policy, size = self.trainer.policy, sum(value.nbytes for value in self.trainer.trained)
+        return policy.device.type == "cpu" and not is_sharded(policy) and size > LARGE
 
     def wait(self):
         """Waits for the checkpoint that is being written. Returns whether it could be written.

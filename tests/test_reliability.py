@@ -118,6 +118,17 @@ def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path, whole, script, at
     assert_the_same(resumed(script, trainer.run.folder), whole(script))
 
 
+@pytest.mark.parametrize("script", [gspo, dapo], ids=named)
+def test_a_state_that_is_too_large_to_copy_is_written_without_a_copy(tmp_path, whole, script, monkeypatch):
+    expected = whole(script)
+    monkeypatch.setattr(saving, "LARGE", 0)
+    monkeypatch.setattr(saving, "copy_of", None)
+    trainer = crashing(set_up(script, tmp_path), 4)
+    with pytest.raises(Crash):
+        trainer.train()
+    assert_the_same(resumed(script, trainer.run.folder), expected)
+
+
 def test_a_resumed_run_with_lora_bfloat16_and_a_schedule_is_the_same_too(tmp_path, whole):
     constants = {"LORA_RANK": 2, "POLICY_DTYPE": "bfloat16", "LR_SCHEDULE": "cosine", "KL_COEF": 0.1}
     constants["MAX_COMPLETION_TOKENS"] = 12  # few, because bfloat16 is slow on many CPUs
