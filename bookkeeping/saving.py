@@ -95,7 +95,8 @@ class Saver:
         return target
 
     def _is_too_large_to_copy(self):
-        policy, size = self.trainer.policy, sum(value.nbytes for value in self.trainer.trained)
+        policy = self.trainer.policy
+        size = sum(weight.nbytes for weight in policy.parameters() if weight.requires_grad)
         return policy.device.type == "cpu" and not is_sharded(policy) and size > LARGE
 
     def wait(self):
