@@ -303,7 +303,7 @@ class Run:
     def checkpoint(self):
         """Saves the state after the last whole step, and returns where it will be.
 
-        A thread writes it once it is copied.
+        A thread writes it once it is copied, or while training waits if it is too large for that.
         """
         state = self.state | {"pending": self.unfinished, "texts_before": self.texts_before}
         state |= {"samples": self.trainer.samples if self.unfinished else [], "seconds": self.seconds}
