@@ -86,7 +86,7 @@ _SMOLLM2 = {
 }
 PRESETS = {
     "smollm2": _SMOLLM2,
-    "smollm2-lora": {  # adapters, in 4.1 GB in place of 5.5
+    "smollm2-lora": {  # adapters, in 4 GB in place of 5.5
         **_SMOLLM2,
         "LORA_RANK": 16,  # peft's usual ranks are 8 to 64; 5 M weights
         "LEARNING_RATE": 1e-4,  # ten times that of all weights; at 3e-4 the entropy is gone in 11 steps
