@@ -175,7 +175,9 @@ def trl_arguments(steps, folder, micro_batch, continuous_batching):
     import trl
 
     gpu, mini_batch = torch.cuda.is_available(), grpo.BATCH_SIZE * grpo.GROUP_SIZE // grpo.MINI_BATCHES
-    accumulated = mini_batch // (micro_batch or mini_batch)
+    accumulated, rest = divmod(mini_batch, micro_batch or mini_batch)
+    if rest:
+        sys.exit(f"--trl-micro-batch {micro_batch}: give divisors of the mini-batch, which is {mini_batch}")
     return trl.GRPOConfig(
         output_dir=str(Path(folder) / "trl"),
         seed=grpo.SEED,

@@ -3,7 +3,7 @@
     python benchmarks/compare.py                          all scripts, seeds 0 to 4 of each, in turn, the embedded task
     python benchmarks/compare.py --seeds 0 1 --flags "--rewards exact_match"
     python benchmarks/compare.py --runs FOLDER            keep the runs there, and do not repeat those already there
-    python benchmarks/compare.py --scripts gspo.py grpo.py --flags "--preset smollm2 --eval-every 15 --save-every 0" \
+    python benchmarks/compare.py --scripts gspo.py grpo.py dapo.py cispo.py --flags "--preset smollm2 --save-every 0" \
         --budgets 960 1920 --least 0.80 --picture docs/smollm2-comparison.png
 
 It prints accuracy after N completions: mean and standard deviation over the seeds, interpolated between evaluations. It

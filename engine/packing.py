@@ -32,7 +32,7 @@ class Packing:
     """Several sequences, one after the other, as the N tokens of one row. So the model sees no padding.
 
     A sequence may go on from another, its prefix, as the completions of a group go on from their prompt. The prefix,
-    which may itself go on from one, stands there once. Its gradient is the sum of theirs.
+    which may have a prefix itself, stands there once. Its gradient is the sum of those from all that go on from it.
 
     Every layer but attention works on each token by itself. Attention needs each sequence in a row of its own, behind
     its prefix. So the attention of this module unpacks the sequences, in parts of like shape, and packs its result
@@ -50,7 +50,8 @@ class Packing:
             )
         lengths = torch.tensor([len(ids) for ids in self.sequences])
         self.first = lengths.cumsum(0) - lengths  # (sequences,) where each one begins
-        self.prefixes, device, groups = self.prefixes or [None] * len(lengths), self.model.device, []
+        self.prefixes = self.prefixes or [None] * len(lengths)
+        device, groups = self.model.device, []
         for prefix, numbers in itertools.groupby(range(len(lengths)), self.prefixes.__getitem__):
             before = self.tokens_up_to(prefix)
             groups += [(before, some) for some in split_by_length(lengths[list(numbers)], device) if some.any()]
@@ -258,6 +259,7 @@ def split_by_length(lengths, device):
     rows = torch.arange(1, len(lengths))
     pairs = rows * before[:-1] ** 2 + rows.flip(0) * after[1:] ** 2  # (rows − 1,) for each place to cut
     uncut = len(lengths) * int(lengths.max()) ** 2
+    # A cut pays if it spares a quarter of the pairs, and more of them than a further part costs.
     if len(lengths) == 1 or pairs.min() > min(0.75 * uncut, uncut - pairs_of_a_part(device)):
         return [lengths]
     cut = int(pairs.argmin()) + 1
