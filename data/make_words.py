@@ -6,8 +6,9 @@ A row is a chat: an empty system message, two solved examples, and a problem. Th
 because a model of 135 M parameters follows an example where it does not follow a description. All rows have the same
 ones. The system message is empty because SmolLM2's chat template would otherwise add one of 20 tokens.
 
-Numbers are small, so that the model is sometimes right, because what is never sampled is never rewarded. It gets no
-difference right that needs borrowing, such as 21 − 4, and few whose second number has two digits.
+Numbers are small, so that the model is sometimes right, because what is never sampled is never rewarded. It gets few
+differences right that need borrowing, such as 21 − 4, or whose second number has two digits. Of those that need
+borrowing it learns less than half in as many steps (docs/log.md).
 
 Train and test share no sum: if 5 + 9 is in one of them, then 9 + 5, 14 − 5 and 14 − 9 are not in the other.
 """
