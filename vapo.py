@@ -183,7 +183,7 @@ all_zero = "ALPHA = {ALPHA} makes λ zero at MAX_COMPLETION_TOKENS = {MAX_COMPLE
 conflicts = [(lambda v: 0 < v["ALPHA"] * v["MAX_COMPLETION_TOKENS"] <= 1, all_zero)]
 policy_rests = "VALUE_PRETRAIN_STEPS"
 gsm8k = {"GROUP_SIZE": 16, "BATCH_SIZE": 8, "ALPHA": 0.05, "VALUE_PRETRAIN_STEPS": 50, "CRITIC_LEARNING_RATE": 2e-6}
-smollm2 = {"SAMPLED_AT_ONCE": 32, "MICRO_BATCH_TOKENS": 768, "CRITIC_LEARNING_RATE": 1e-4}  # as in ppo.py, and why
+smollm2 = {"SAMPLED_AT_ONCE": 32, "MICRO_BATCH_TOKENS": 768, "CRITIC_LEARNING_RATE": 1e-4}  # ppo.py says why
 smollm2 |= {"VALUE_PRETRAIN_STEPS": 5, "MAX_STEPS": 25}  # the critic learns first, so the policy has ppo.py's 20 steps
 presets = {"smoke": {"VALUE_PRETRAIN_STEPS": 1}, "gsm8k": gsm8k, "gsm8k-reward-model": gsm8k, "smollm2": smollm2}
 presets["smollm2-lora"] = smollm2 | {"CRITIC_LEARNING_RATE": 3e-4}  # the critic trains adapters, too
